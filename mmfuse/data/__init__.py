@@ -1,0 +1,1 @@
+"""From tar shards to batches. Never imports a model."""

@@ -1,0 +1,111 @@
+"""Batches in the order of the plan, through the stock DataLoader; workers are stateless.
+
+The loader takes `rank` and `world_size` as arguments, so tests of order simulate many ranks in one process. It must not
+go through `accelerator.prepare`: that deals batches a second time (16 of 32 samples arrive) or reads for all on rank 0.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmfuse.data.collate import collate_samples
+from mmfuse.data.decode import SampleDecoder
+from mmfuse.data.plan import DataPlan
+from mmfuse.distributed import slice_of_rank
+from mmfuse.errors import MmfuseError
+from mmfuse.types import Batch, SampleRef
+
+
+class BatchRequest(NamedTuple):
+    """What the sampler asks a worker for."""
+
+    step: int
+    refs: np.ndarray
+    """int64 `(rows, 3)`, a `SampleRef` each."""
+    global_rows: int
+
+
+class PlannedDataset(Dataset[Batch | MmfuseError]):
+    """Map-style: a request gives a batch. Errors come back as values, so that the main process raises them in plain words."""
+
+    def __init__(self, decoder: SampleDecoder) -> None:
+        self.decoder = decoder
+
+    def __getitem__(self, request: BatchRequest) -> Batch | MmfuseError:
+        try:
+            samples = [self.decoder(SampleRef(*map(int, ref))) for ref in request.refs]
+        except MmfuseError as error:
+            return error
+        return collate_samples(
+            samples, self.decoder.processors, step=request.step, global_rows=request.global_rows
+        )
+
+
+def training_requests(
+    plan: DataPlan, *, start: int, stop: int, rank: int, world_size: int
+) -> Iterator[BatchRequest]:
+    """This rank's slices of global batches `[start, stop)`."""
+    for step in range(start, stop):
+        refs = plan.rank_batch(step, rank=rank, world_size=world_size)
+        yield BatchRequest(step, refs, plan.global_batch)
+
+
+def evaluation_requests(
+    num_samples: int, *, batch_size: int, rank: int, world_size: int
+) -> Iterator[BatchRequest]:
+    """Every sample exactly once and the same number of steps on all ranks; the last batch is padded with index -1."""
+    for step, start in enumerate(range(0, num_samples, batch_size)):
+        indexes = np.arange(start, start + batch_size)
+        indexes[indexes >= num_samples] = -1
+        refs = np.stack([np.zeros_like(indexes), indexes, np.zeros_like(indexes)], axis=1)
+        yield BatchRequest(step, refs[slice_of_rank(batch_size, rank=rank, world_size=world_size)], batch_size)
+
+
+class _Requests:
+    """An iterable that can be started anew, which the DataLoader expects of a sampler."""
+
+    def __init__(self, build: Callable[[], Iterator[BatchRequest]]) -> None:
+        self._build = build
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return self._build()
+
+
+def load_batches(
+    decoder: SampleDecoder,
+    requests: Callable[[], Iterator[BatchRequest]],
+    *,
+    num_workers: int,
+    prefetch_batches: int = 4,
+    pin_memory: bool = False,
+) -> Iterable[Batch]:
+    """Batches in the order of the requests, whatever the number of workers.
+
+    Raises:
+        SampleError, ShardError: what a worker met, when its batch is due.
+    """
+    loader = DataLoader(
+        PlannedDataset(decoder),
+        sampler=_Requests(requests),   # type: ignore[arg-type]  # typed as ints, used as opaque requests
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_batches if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+    )
+    for item in loader:
+        if isinstance(item, MmfuseError):
+            raise item
+        yield item
+
+
+def _unchanged(item: Batch | MmfuseError) -> Batch | MmfuseError:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)   # workers share the cores; their tensors are small

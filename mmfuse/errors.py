@@ -1,0 +1,45 @@
+"""The errors that a user can cause and mend. Each says what, where, and what to do."""
+
+
+class MmfuseError(Exception):
+    """Base of all errors that end a command with a message instead of a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(MmfuseError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+    exit_code = 2
+
+
+class DataError(MmfuseError):
+    """The data that a run names is missing or does not fit the run."""
+
+    exit_code = 3
+
+
+class ShardError(DataError):
+    """A tar shard is damaged, has changed, or holds what must not be read."""
+
+
+class SampleError(DataError):
+    """One member of one sample cannot be decoded. The only error that a run may skip, count and survive."""
+
+
+class CheckpointError(MmfuseError):
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
+
+    exit_code = 4
+
+
+class LaunchError(MmfuseError):
+    """The processes that started are not those that were asked for."""
+
+    exit_code = 5
+
+
+class TrainingError(MmfuseError):
+    """Training cannot go on: the loss is not finite."""
+
+    exit_code = 6

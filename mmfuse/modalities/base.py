@@ -1,0 +1,72 @@
+"""What a modality file must offer; `tests/contracts/test_modalities.py` walks the folder and checks it.
+
+A file `mmfuse/modalities/NAME.py` has three names at its top level:
+
+    EXTENSIONS              the member extensions that it reads when a recipe does not say otherwise
+    class Config            its settings; builds its processor and its encoder
+    (whatever it likes)     the processor and the encoder themselves
+
+Shape legend: n rows, L tokens, D width.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmfuse.config import Settings
+from mmfuse.types import EncoderOutput, Features
+
+
+class Processor(Protocol):
+    """Bytes of one member -> tensors on the CPU. Runs in loader workers, so it must pickle."""
+
+    def __call__(self, data: bytes, *, seed: int | None) -> Features:
+        """The encoder inputs of one member.
+
+        Args:
+            seed: keys the augmentation; None for the deterministic transform of evaluation.
+        Raises:
+            SampleError: the bytes are not what their extension says, or exceed a limit.
+        """
+        ...
+
+    def collate(self, features: list[Features]) -> Features:
+        """One row per item, padded where lengths differ."""
+        ...
+
+
+class Encoder(nn.Module):
+    """Encoder inputs of n >= 1 rows -> tokens, mask and pooled vector."""
+
+    width: int
+    """D of everything that `forward` gives."""
+
+    def forward(self, inputs: Features) -> EncoderOutput:
+        raise NotImplementedError
+
+    def minimal_inputs(self, device: torch.device) -> Features:
+        """One cheapest possible row: what a rank without this modality runs, so that all ranks make the same calls."""
+        raise NotImplementedError
+
+
+class ModalityConfig(Settings, ABC):
+    """Settings of a modality."""
+
+    pooling: Literal["cls", "mean"] = "mean"
+    """The pooled vector: the encoder's class token, or the mean over its real tokens."""
+
+    @abstractmethod
+    def build_processor(self) -> Processor:
+        """The processor of loader workers."""
+
+    @abstractmethod
+    def build_encoder(self) -> Encoder:
+        """The encoder with fresh or, where the settings say so, pretrained weights."""
+
+
+def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean over real tokens: `(n, L, D)` and bool `(n, L)` -> `(n, D)`; zero where there is none."""
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)

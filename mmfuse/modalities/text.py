@@ -1,0 +1,113 @@
+"""Text: UTF-8 -> WordPiece ids -> a BERT-style encoder from transformers."""
+
+from pathlib import Path
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PreTrainedTokenizerBase
+
+from mmfuse.errors import ConfigError, SampleError
+from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
+from mmfuse.types import EncoderOutput, Features
+
+EXTENSIONS = ("txt",)
+VOCABULARIES = Path(__file__).parent / "vocabulary"
+
+
+class Config(ModalityConfig):
+    """A transformers text encoder; without `pretrained` a BERT of the sizes given here."""
+
+    tokenizer: str = "tiny"
+    """A vocabulary shipped in `modalities/vocabulary`, a local folder, or a hub id."""
+    max_tokens: PositiveInt = 32
+    """Longer captions are cut, [CLS] and [SEP] included."""
+    pretrained: str | None = None
+    """Local folder or hub id of any `AutoModel` encoder; the sizes below are then its own."""
+    vocab_size: PositiveInt = 8000
+    """At least the tokenizer's length."""
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 3
+    num_heads: PositiveInt = 4
+    dropout: NonNegativeFloat = 0.0
+    """Hidden and attention dropout. Above 0 a run no longer gives the same numbers on other world sizes."""
+
+    def build_processor(self) -> Processor:
+        return TextProcessor(self)
+
+    def build_encoder(self) -> "TextEncoder":
+        return TextEncoder(self)
+
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone; masked language modelling needs its special ids."""
+        shipped = VOCABULARIES / f"{self.tokenizer}.txt"
+        if shipped.is_file():
+            tokens = shipped.read_text(encoding="utf-8").splitlines()
+            tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        if len(tokenizer) > self.vocab_size:
+            raise ConfigError(f"vocab_size is {self.vocab_size}, but tokenizer {self.tokenizer!r} has {len(tokenizer)}")
+        return tokenizer
+
+
+class TextProcessor:
+    """UTF-8 bytes -> `input_ids (L,)`."""
+
+    def __init__(self, config: Config) -> None:
+        self.tokenizer = config.build_tokenizer()
+        self.max_tokens = config.max_tokens
+
+    def __call__(self, data: bytes, *, seed: int | None) -> Features:
+        try:
+            text = data.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise SampleError(f"not UTF-8 text: {error}") from error
+        if not text:
+            raise SampleError("the text is empty")
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return {"input_ids": torch.tensor(ids, dtype=torch.int64)}
+
+    def collate(self, features: list[Features]) -> Features:
+        """Padded to the longest: `input_ids (n, L)`, `attention_mask` bool `(n, L)`."""
+        ids = [item["input_ids"] for item in features]
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return {"input_ids": padded, "attention_mask": torch.arange(padded.shape[1]) < lengths[:, None]}
+
+
+class TextEncoder(Encoder):
+    """`input_ids (n, L)`, `attention_mask (n, L)` -> BERT's last hidden states."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.bert = _build_transformer(config)
+        self.width = self.bert.config.hidden_size
+        self.pooling = config.pooling
+
+    def forward(self, inputs: Features) -> EncoderOutput:
+        mask: Tensor = inputs["attention_mask"]
+        tokens = self.bert(input_ids=inputs["input_ids"], attention_mask=mask.long()).last_hidden_state
+        pooled = tokens[:, 0] if self.pooling == "cls" else masked_mean(tokens, mask)
+        return EncoderOutput(tokens, mask, pooled)
+
+    def minimal_inputs(self, device: torch.device) -> Features:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+
+
+def _build_transformer(config: Config) -> BertModel:
+    """BERT without its pooler: an unused parameter would stop DDP."""
+    if config.pretrained:
+        return AutoModel.from_pretrained(config.pretrained, add_pooling_layer=False)
+    bert = BertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=4 * config.hidden_size,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        max_position_embeddings=max(512, config.max_tokens),
+    )
+    return BertModel(bert, add_pooling_layer=False)

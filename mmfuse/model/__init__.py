@@ -1,0 +1,1 @@
+"""Encoders joined by packed cross-attention. Never imports data."""

@@ -1,0 +1,109 @@
+"""The model: encoders, projections to a shared width, fusion, and embeddings.
+
+Shape legend: B rows of the batch, n rows that have a modality, L tokens, D fusion width, E embedding.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BeforeValidator, Field, PositiveInt
+from torch import Tensor, nn
+
+from mmfuse.config import PluginSettings, Settings, plugin_settings
+from mmfuse.modalities.base import Encoder, ModalityConfig
+from mmfuse.model.fusion import Fusion, FusionConfig
+from mmfuse.types import Batch, Encoded, Features, FusionOutput, ModalityBatch, TokenBatch
+
+
+def _modalities(value: Any) -> Any:
+    return plugin_settings("mmfuse.modalities", value)
+
+
+class ModelConfig(Settings):
+    """Modalities, what joins them, and the space in which they meet."""
+
+    modalities: Annotated[PluginSettings, BeforeValidator(_modalities)] = Field(min_length=1)
+    """By the name of a file in `mmfuse/modalities`."""
+    width: PositiveInt = 128
+    """D of the fusion; every modality is projected to it."""
+    embedding_dim: PositiveInt = 64
+    fusion: FusionConfig | None = FusionConfig()
+    """Null: encoders only."""
+
+    @property
+    def modality_configs(self) -> dict[str, ModalityConfig]:
+        """`modalities` with the type that their files promise."""
+        configs = {}
+        for name, config in self.modalities.items():
+            assert isinstance(config, ModalityConfig)
+            configs[name] = config
+        return configs
+
+
+class FusionModel(nn.Module):
+    """Encodes any subset of the modalities of each sample, and fuses them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.modalities = tuple(config.modalities)
+        self.encoders = nn.ModuleDict({name: c.build_encoder() for name, c in config.modality_configs.items()})
+        widths = {name: encoder.width for name, encoder in self.encoders.items()}
+        self.projections = nn.ModuleDict({name: nn.Linear(widths[name], config.width) for name in self.modalities})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(widths[name], config.embedding_dim, bias=False) for name in self.modalities}
+        )
+        self.fusion: Fusion | None = None
+        if config.fusion:
+            self.fusion = Fusion(config.fusion, modalities=self.modalities, width=config.width)
+            self.fused_head = nn.Linear(config.width, config.embedding_dim, bias=False)
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Every modality's tokens and embeddings; each encoder runs once, also where the batch lacks its modality."""
+        tokens, masks, rows, embeddings = {}, {}, {}, {}
+        anchor = torch.zeros((), device=batch.present.device)
+        for name in self.modalities:
+            part = batch.inputs.get(name)
+            tokens[name], masks[name], pooled_nE, zero = self.encode_modality(name, part, batch.present.device)
+            rows[name] = part.rows if part else batch.sample_id[:0]
+            embedding = F.normalize(pooled_nE.float(), dim=-1)
+            embeddings[name] = embedding.new_zeros(len(batch.present), embedding.shape[-1]).index_copy(
+                0, rows[name], embedding
+            )
+            anchor = anchor + zero
+        return Encoded(TokenBatch(tokens, masks, rows, len(batch.present)), embeddings, anchor)
+
+    def encode_modality(
+        self, name: str, part: ModalityBatch | None, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens `(n, L, D)`, mask `(n, L)`, unnormalised embedding `(n, E)`, and a connected scalar 0.
+
+        Without a part, one minimal row goes through and is dropped: a rank that skipped a module would hang the others.
+        """
+        encoder = self.encoders[name]
+        assert isinstance(encoder, Encoder)
+        inputs: Features = part.inputs if part else encoder.minimal_inputs(device)
+        output = encoder(inputs)
+        tokens_nLD = self.projections[name](output.tokens)
+        pooled_nE = self.heads[name](output.pooled)
+        if part:
+            return tokens_nLD, output.mask, pooled_nE, pooled_nE.new_zeros((), dtype=torch.float32)
+        zero = 0.0 * (tokens_nLD.float().sum() + pooled_nE.float().sum())
+        return tokens_nLD[:0], output.mask[:0], pooled_nE[:0], zero
+
+    def fuse(self, batch: TokenBatch) -> FusionOutput:
+        """Fused tokens, pooled vectors and embeddings of any token batch.
+
+        Raises:
+            AssertionError: the model was built without fusion; RunConfig refuses such runs.
+        """
+        assert self.fusion is not None, "model.fusion is null"
+        tokens, pooled_BD = self.fusion(batch)
+        return FusionOutput(tokens, pooled_BD, F.normalize(self.fused_head(pooled_BD).float(), dim=-1))
+
+    def embed(self, batch: Batch) -> Mapping[str, Tensor]:
+        """`(B, E)` by modality, and as `fused` the whole sample; zeros where a row lacks it."""
+        encoded = self.encode(batch)
+        fused = {"fused": self.fuse(encoded.token_batch).embedding} if self.fusion else {}
+        return {**encoded.embeddings, **fused}

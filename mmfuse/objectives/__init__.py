@@ -1,0 +1,1 @@
+"""One file per objective. See `base.py` for the contract."""

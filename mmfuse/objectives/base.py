@@ -1,0 +1,54 @@
+"""What an objective file must offer; `tests/contracts/test_objectives.py` walks the folder and checks it.
+
+A file `mmfuse/objectives/NAME.py` has a `Config` that builds its objective.
+
+Every term is normalised by its global count and multiplied by the world size, so that the mean over ranks, which is what
+data-parallel training takes of gradients, is the value of the global batch: however the rows fall on the ranks. A term
+that finds nothing to do on this rank is an exact 0 that is still connected to its parameters.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+from pydantic import NonNegativeFloat
+from torch import Tensor, nn
+
+from mmfuse.config import Settings
+from mmfuse.model.model import FusionModel, ModelConfig
+from mmfuse.types import Batch, Encoded, FusionOutput
+
+
+class StepInputs(NamedTuple):
+    """What every objective sees of one batch."""
+
+    model: FusionModel
+    """For objectives that encode or fuse variants of the batch."""
+    batch: Batch
+    encoded: Encoded
+    fused: FusionOutput | None
+    """Null only where the model has no fusion."""
+
+
+class Objective(nn.Module):
+    """Terms of the loss, with their own heads and scales."""
+
+    def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
+        """Scalars by name; the objective's loss is their sum."""
+        raise NotImplementedError
+
+
+class ObjectiveConfig(Settings, ABC):
+    """Settings of an objective."""
+
+    weight: NonNegativeFloat = 1.0
+    """Factor of this objective's terms in the loss."""
+    uses_fusion: ClassVar[bool] = True
+    """Whether the objective trains the fusion."""
+
+    @abstractmethod
+    def build(self, model: ModelConfig, *, seed: int) -> Objective:
+        """The objective for a model of this configuration.
+
+        Raises:
+            ConfigError: the model lacks what the objective needs.
+        """

@@ -1,0 +1,78 @@
+"""Leave-one-out: fuse all of a sample's modalities but one, and contrast the fused embedding with the one left out.
+
+This is what makes the fused embedding good for retrieval. Samples with every modality take part as queries; the
+candidates are all samples of the global batch that have the modality left out, as in `contrastive`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mmfuse.distributed import gather_rows
+from mmfuse.errors import ConfigError
+from mmfuse.model.model import ModelConfig
+from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
+from mmfuse.objectives.contrastive import (
+    INITIAL_LOGIT_SCALE,
+    GlobalRows,
+    exp_clamped,
+    gather_embeddings,
+    info_nce,
+)
+from mmfuse.types import TokenBatch
+
+
+class Config(ObjectiveConfig):
+    """Leave-one-out contrast of the fused embedding."""
+
+    def build(self, model: ModelConfig, *, seed: int) -> "LeaveOneOut":
+        if len(model.modalities) < 3:
+            raise ConfigError("objectives.leave_one_out needs at least three modalities")
+        return LeaveOneOut(len(model.modalities))
+
+
+class LeaveOneOut(Objective):
+    """Mean InfoNCE between each modality and the fusion of the others."""
+
+    def __init__(self, num_modalities: int) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.full((num_modalities,), INITIAL_LOGIT_SCALE))
+
+    def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
+        batch, embeddings = inputs.batch, list(inputs.encoded.embeddings.values())
+        complete = batch.present.all(1)
+        fused = inputs.model.fuse(_without_each(inputs.encoded.token_batch, complete)).embedding
+        count = int(complete.sum())
+        mixed = [
+            part.new_zeros(len(complete), part.shape[-1]).index_copy(0, complete.nonzero()[:, 0], part)
+            for part in fused.split(count)
+        ] if count else [fused.new_zeros(len(complete), fused.shape[-1]) + fused.sum()] * len(embeddings)
+
+        rows = GlobalRows.of(inputs)
+        gathered = gather_embeddings(embeddings + mixed, global_rows=batch.global_rows)
+        present = gather_rows(batch.present, global_rows=batch.global_rows)
+        everyone_complete = present.all(1)
+        losses = [
+            info_nce(
+                (mixed[number], embeddings[number]),
+                (gathered[len(embeddings) + number], gathered[number]),
+                (everyone_complete, present[:, number]),
+                scale,
+                rows,
+            )
+            for number, scale in enumerate(exp_clamped(self.logit_scale))
+        ]
+        return {"leave_one_out": torch.stack(losses).mean()}
+
+
+def _without_each(batch: TokenBatch, complete: Tensor) -> TokenBatch:
+    """The complete rows once for each modality, without it: rows of the first left-out modality first."""
+    count, names = int(complete.sum()), list(batch.tokens)
+    place = torch.cumsum(complete, dim=0) - 1
+    tokens, masks, rows = {}, {}, {}
+    for number, name in enumerate(names):
+        entries = complete[batch.rows[name]]
+        blocks = [block for block in range(len(names)) if block != number]
+        tokens[name] = batch.tokens[name][entries].repeat(len(blocks), 1, 1)
+        masks[name] = batch.masks[name][entries].repeat(len(blocks), 1)
+        rows[name] = torch.cat([place[batch.rows[name][entries]] + block * count for block in blocks])
+    return TokenBatch(tokens, masks, rows, count * len(names))

@@ -1,0 +1,46 @@
+"""Random numbers keyed by what they are for, never by who draws them.
+
+Everything random after the plan (masks, negatives, augmentation) depends on the seed, the step and the sample alone,
+so a run gives the same numbers on any number of ranks and workers, and after a resume.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"), as signed 64-bit constants.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def hash_int(*parts: object) -> int:
+    """A stable 63-bit integer from any printable parts; Python's own `hash` changes from process to process."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's `>>` on int64 keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function on int64 of any shape; every bit of the input changes half of the output's."""
+    x = x + _GAMMA
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def keyed_uniform(*keys: Tensor | int) -> Tensor:
+    """Uniform numbers in (0, 1), one for each combination of broadcast int64 `keys`, in fp32.
+
+    Multiples of 2^-24 offset by half of one, so 0 and 1 never come and a logarithm is finite.
+    """
+    device = next((key.device for key in keys if isinstance(key, Tensor)), None)
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for key in keys:
+        state = mix(state ^ key)
+    return (_shift_right(state, 40).to(torch.float32) + 0.5) * 2.0**-24

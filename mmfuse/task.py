@@ -1,0 +1,42 @@
+"""The task: model and weighted objectives in the one module that engines wrap, so that a step is one call."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mmfuse.model.model import FusionModel, ModelConfig
+from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
+from mmfuse.types import Batch, StepOutput
+
+
+class Task(nn.Module):
+    """Batch -> loss. Every rank makes the same calls in the same order, whatever its batch holds."""
+
+    def __init__(self, model: ModelConfig, objectives: Mapping[str, ObjectiveConfig], *, seed: int) -> None:
+        """Builds with weights drawn from `seed`, the same on every rank.
+
+        Raises:
+            ConfigError: an objective needs what the model lacks.
+        """
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = FusionModel(model)
+            self.objectives = nn.ModuleDict({n: config.build(model, seed=seed) for n, config in objectives.items()})
+        self.weights = {name: config.weight for name, config in objectives.items()}
+
+    def forward(self, batch: Batch) -> StepOutput:
+        encoded = self.model.encode(batch)
+        fused = self.model.fuse(encoded.token_batch) if self.model.fusion else None
+        inputs = StepInputs(self.model, batch, encoded, fused)
+        loss = encoded.anchor
+        if fused is not None:
+            loss = loss + 0.0 * fused.embedding.sum()   # an objective may use only a part of the fusion's output
+        terms = {}
+        for name, objective in self.objectives.items():
+            assert isinstance(objective, Objective)
+            for term, value in objective(inputs).items():
+                loss = loss + self.weights[name] * value
+                terms[f"{name}/{term}" if term != name else name] = value.detach()
+        return StepOutput(loss, terms)
