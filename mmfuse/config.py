@@ -150,5 +150,3 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
             flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
         return flat
     return {prefix: value}
-
-

@@ -32,7 +32,7 @@ class Task(nn.Module):
         inputs = StepInputs(self.model, batch, encoded, fused)
         loss = encoded.anchor
         if fused is not None:
-            loss = loss + 0.0 * fused.embedding.sum()   # an objective may use only a part of the fusion's output
+            loss = loss + 0.0 * fused.embedding.sum()  # an objective may use only a part of the fusion's output
         terms = {}
         for name, objective in self.objectives.items():
             assert isinstance(objective, Objective)

@@ -6,9 +6,7 @@ from mmfuse.modalities.base import Processor
 from mmfuse.types import Batch, ModalityBatch, Sample
 
 
-def collate_samples(
-    samples: list[Sample], processors: dict[str, Processor], *, step: int, global_rows: int
-) -> Batch:
+def collate_samples(samples: list[Sample], processors: dict[str, Processor], *, step: int, global_rows: int) -> Batch:
     """The batch of these samples, rows in their order; modalities that no sample has are not in `inputs`."""
     modalities = tuple(processors)
     inputs = {}

@@ -54,4 +54,3 @@ def choose_caption(data: bytes, rule: MemberRule, *, seed: int | None) -> bytes:
     if not lines:
         raise SampleError("no caption in any line")
     return lines[0] if seed is None else random.Random(seed).choice(lines)
-

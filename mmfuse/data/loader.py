@@ -39,23 +39,21 @@ class PlannedDataset(Dataset[Batch | MmfuseError]):
             samples = [self.decoder(SampleRef(*map(int, ref))) for ref in request.refs]
         except MmfuseError as error:
             return error
-        return collate_samples(
-            samples, self.decoder.processors, step=request.step, global_rows=request.global_rows
-        )
+        return collate_samples(samples, self.decoder.processors, step=request.step, global_rows=request.global_rows)
 
 
 def training_requests(
-    plan: DataPlan, *, start: int, stop: int, rank: int, world_size: int
+    plan: DataPlan, *, start: int, stop: int, rank: int, world_size: int, accumulation: int = 1
 ) -> Iterator[BatchRequest]:
-    """This rank's slices of global batches `[start, stop)`."""
+    """This rank's slices of the micro-batches of global batches `[start, stop)`, `accumulation` of them a step."""
+    micro = plan.global_batch // accumulation
+    own = slice_of_rank(micro, rank=rank, world_size=world_size)
     for step in range(start, stop):
-        refs = plan.rank_batch(step, rank=rank, world_size=world_size)
-        yield BatchRequest(step, refs, plan.global_batch)
+        for begin in range(0, plan.global_batch, micro):
+            yield BatchRequest(step, plan.rows(step, begin + own.start, begin + own.stop), micro)
 
 
-def evaluation_requests(
-    num_samples: int, *, batch_size: int, rank: int, world_size: int
-) -> Iterator[BatchRequest]:
+def evaluation_requests(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[BatchRequest]:
     """Every sample exactly once and the same number of steps on all ranks; the last batch is padded with index -1."""
     for step, start in enumerate(range(0, num_samples, batch_size)):
         indexes = np.arange(start, start + batch_size)
@@ -89,7 +87,7 @@ def load_batches(
     """
     loader = DataLoader(
         PlannedDataset(decoder),
-        sampler=_Requests(requests),   # type: ignore[arg-type]  # typed as ints, used as opaque requests
+        sampler=_Requests(requests),  # type: ignore[arg-type]  # typed as ints, used as opaque requests
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=num_workers,
@@ -108,4 +106,4 @@ def _unchanged(item: Batch | MmfuseError) -> Batch | MmfuseError:
 
 
 def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)   # workers share the cores; their tensors are small
+    torch.set_num_threads(1)  # workers share the cores; their tensors are small

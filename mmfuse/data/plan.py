@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmfuse.data.mixture import PERIOD, Blend
-from mmfuse.distributed import slice_of_rank
 from mmfuse.errors import ConfigError
 from mmfuse.randomness import hash_int
 
@@ -132,7 +131,9 @@ class DataPlan:
             ConfigError: lanes do not divide the global batch, or a weight is out of reach.
         """
         self.global_batch, self.seed = global_batch, seed
-        self.lanes = lanes or max(n for n in range(1, min(MAX_DEFAULT_LANES, global_batch) + 1) if global_batch % n == 0)
+        self.lanes = lanes or max(
+            n for n in range(1, min(MAX_DEFAULT_LANES, global_batch) + 1) if global_batch % n == 0
+        )
         if global_batch % self.lanes:
             raise ConfigError(f"data.lanes = {self.lanes} does not divide the global batch of {global_batch}")
         self.sources = tuple(sources)
@@ -154,13 +155,12 @@ class DataPlan:
             },
         }
 
-    def rank_batch(self, step: int, *, rank: int, world_size: int) -> np.ndarray:
-        """This rank's slice of global batch `step`: int64 `(rows, 3)`, a `SampleRef` each."""
-        own = slice_of_rank(self.global_batch, rank=rank, world_size=world_size)
+    def rows(self, step: int, start: int, stop: int) -> np.ndarray:
+        """Positions `[start, stop)` of global batch `step`: int64 `(stop - start, 3)`, a `SampleRef` each."""
         per_lane = self.global_batch // self.lanes
-        first, last = own.start // per_lane, -(-own.stop // per_lane)
+        first, last = start // per_lane, -(-stop // per_lane)
         rows = np.concatenate([self._lane_batch(step, lane, per_lane) for lane in range(first, last)])
-        return rows[own.start - first * per_lane : own.stop - first * per_lane]
+        return rows[start - first * per_lane : stop - first * per_lane]
 
     def _lane_batch(self, step: int, lane: int, per_lane: int) -> np.ndarray:
         # Every lane follows the same table, each from another place, so a global batch mixes the sources.

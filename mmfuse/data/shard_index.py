@@ -105,7 +105,9 @@ def build_index(shard: Path, destination: Path) -> ShardIndex:
     seen: set[str] = set()
     for key, members in _group_samples(shard):
         if key in seen:
-            raise ShardError(f"{shard}: the members of sample {key!r} are not next to each other; build it again sorted")
+            raise ShardError(
+                f"{shard}: the members of sample {key!r} are not next to each other; build it again sorted"
+            )
         seen.add(key)
         extensions = tuple(split_name(member.name)[1] for member in members)
         _check_members(shard, key, extensions)
@@ -164,7 +166,7 @@ def _write(destination: Path, arrays: dict[str, np.ndarray], *, shard: Path, sig
         "signatures": signatures,
         "signature_counts": np.bincount(arrays["signature"], minlength=len(signatures)).tolist(),
         "content_hash": digest.hexdigest(),
-        "arrays": {name: [10**18, len(arrays[name])] for name, _ in _ARRAYS},   # as wide as any real offset
+        "arrays": {name: [10**18, len(arrays[name])] for name, _ in _ARRAYS},  # as wide as any real offset
     }
     position = _aligned(len(_MAGIC) + 8 + len(json.dumps(header)))
     data_start = position

@@ -73,7 +73,7 @@ class ImageProcessor:
         if seed is None:
             picture = self.eval_transform(picture)
         else:
-            with torch.random.fork_rng(devices=[]):   # torchvision draws from torch's global generator
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
                 torch.manual_seed(seed)
                 picture = self.train_transform(picture)
         return {"pixels": transforms.functional.pil_to_tensor(picture)}
@@ -85,7 +85,7 @@ class ImageProcessor:
     def _decode(self, data: bytes) -> Image.Image:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # our own limit decides
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
                 picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
                 if picture.width * picture.height > self.max_pixels:
                     size = f"{picture.width} x {picture.height}"
@@ -111,7 +111,7 @@ class ImageEncoder(Encoder):
             pretrained_cfg_overlay=local,
             img_size=config.image_size,
             num_classes=0,
-            global_pool="",   # every token instead of a pooled vector
+            global_pool="",  # every token instead of a pooled vector
             **{name: size for name, size in sizes.items() if size is not None},
         )
         self.width = self.vit.num_features

@@ -44,8 +44,11 @@ class Attention(nn.Module):
         q_NHd, k_NHd, v_NHd = (
             linear(x_ND).unflatten(-1, (self.num_heads, -1)) for linear in (self.query, self.key, self.value)
         )
-        null_k, null_v = (null.to(x_ND.dtype).view(1, 1, self.num_heads, -1) for null in (self.null_key, self.null_value))
-        outputs = [q_NHd[:0] + 0 * (null_k + null_v)[0]]   # a rank without any token still has every gradient
+        null_k, null_v = (
+            null.to(x_ND.dtype).view(1, 1, self.num_heads, -1) for null in (self.null_key, self.null_value)
+        )
+        # Empty, but connected to everything: a rank without any token still has every gradient.
+        outputs = [q_NHd[:0] + k_NHd[:0] + v_NHd[:0] + (null_k + null_v)[0, :0]]
         for group in layout.groups:
             size = len(group.key_gk)
             k = torch.cat([null_k.expand(size, -1, -1, -1), k_NHd[group.key_gk]], dim=1)

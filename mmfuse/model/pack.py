@@ -79,7 +79,9 @@ def _groups_across(
     places: dict[str, Tensor], masks: dict[str, Tensor], rows: dict[str, Tensor], num_rows: int
 ) -> list[AttentionGroup]:
     """One group for each query modality and each set of other modalities that occurs with it."""
-    entry = {name: torch.full((num_rows,), -1).index_put_((rows[name],), torch.arange(len(rows[name]))) for name in rows}
+    entry = {
+        name: torch.full((num_rows,), -1).index_put_((rows[name],), torch.arange(len(rows[name]))) for name in rows
+    }
     groups = []
     for name in places:
         others = [other for other in places if other != name]

@@ -62,7 +62,9 @@ class Contrastive(Objective):
     def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
         batch, embeddings = inputs.batch, inputs.encoded.embeddings
         rows = GlobalRows.of(inputs)
-        everyone = dict(zip(embeddings, gather_embeddings(list(embeddings.values()), global_rows=batch.global_rows), strict=True))
+        everyone = dict(
+            zip(embeddings, gather_embeddings(list(embeddings.values()), global_rows=batch.global_rows), strict=True)
+        )
         present = gather_rows(batch.present, global_rows=batch.global_rows)
         scales = exp_clamped(self.logit_scale)
         terms = {}

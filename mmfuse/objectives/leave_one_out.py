@@ -42,10 +42,14 @@ class LeaveOneOut(Objective):
         complete = batch.present.all(1)
         fused = inputs.model.fuse(_without_each(inputs.encoded.token_batch, complete)).embedding
         count = int(complete.sum())
-        mixed = [
-            part.new_zeros(len(complete), part.shape[-1]).index_copy(0, complete.nonzero()[:, 0], part)
-            for part in fused.split(count)
-        ] if count else [fused.new_zeros(len(complete), fused.shape[-1]) + fused.sum()] * len(embeddings)
+        mixed = (
+            [
+                part.new_zeros(len(complete), part.shape[-1]).index_copy(0, complete.nonzero()[:, 0], part)
+                for part in fused.split(count)
+            ]
+            if count
+            else [fused.new_zeros(len(complete), fused.shape[-1]) + fused.sum()] * len(embeddings)
+        )
 
         rows = GlobalRows.of(inputs)
         gathered = gather_embeddings(embeddings + mixed, global_rows=batch.global_rows)

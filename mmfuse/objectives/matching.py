@@ -87,7 +87,7 @@ class Matching(Objective):
 def _exchange(inputs: StepInputs, changed: Tensor, negatives: Tensor) -> TokenBatch:
     """The rows with `changed >= 0`, each with that modality's tokens taken from its negative."""
     source = inputs.encoded.token_batch
-    place = torch.cumsum(changed >= 0, dim=0) - 1   # row of the batch -> row of the result
+    place = torch.cumsum(changed >= 0, dim=0) - 1  # row of the batch -> row of the result
     tokens, masks, rows = {}, {}, {}
     for number, name in enumerate(inputs.batch.modalities):
         asking = (changed == number).nonzero()[:, 0]

@@ -1,0 +1,1 @@
+"""Every special case of Accelerate and DeepSpeed, and nowhere else."""

@@ -1,0 +1,128 @@
+"""Portable checkpoints: whole fp32 weights and Adam moments by parameter name, so that any engine on any number of ranks
+continues from any other's. Complete or not there: a manifest is written last, then the folder gets its name."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mmfuse.errors import CheckpointError
+from mmfuse.train.engines.base import PortableState
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, STATE, RUN = "manifest.json", "state.json", "run.yaml"
+_PREFIX, _TEMPORARY = "step_", ".tmp"
+
+
+def save_checkpoint(
+    root: Path, *, step: int, state: PortableState, facts: dict[str, Any], run_yaml: str, keep: int
+) -> Path:
+    """Writes `root/step_NNNNNNNN` and removes the oldest beyond `keep`. Rank 0 only."""
+    final = root / f"{_PREFIX}{step:08d}"
+    temporary = root / (final.name + _TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for kind, tensors in state.items():
+        save_file(tensors, temporary / f"{kind}.safetensors")
+    (temporary / STATE).write_text(json.dumps({"step": step, **facts}, indent=1))
+    (temporary / RUN).write_text(run_yaml)
+    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync(root)
+    for old in complete_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first; others are named in a warning and left alone."""
+    complete = []
+    for folder in sorted(root.glob(f"{_PREFIX}*[0-9]")):
+        try:
+            verify_checkpoint(folder)
+            complete.append(folder)
+        except CheckpointError as error:
+            logger.warning("not used: %s", error)
+    return complete
+
+
+def verify_checkpoint(folder: Path, *, contents: bool = False) -> None:
+    """Compares the files with the manifest: sizes, and with `contents` checksums too.
+
+    Raises:
+        CheckpointError: not a checkpoint, or not as it was written.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: is no complete checkpoint (no readable {MANIFEST})") from error
+    for name, fingerprint in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
+            raise CheckpointError(f"{folder}: {name} is missing or has another size than when it was written")
+        if contents and _fingerprint(path) != fingerprint:
+            raise CheckpointError(f"{folder}: {name} has changed since it was written (checksum)")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Step, plan and versions of a checkpoint."""
+    return json.loads((folder / STATE).read_text())
+
+
+def load_weights(task: nn.Module, folder: Path) -> None:
+    """Puts a checkpoint's weights into an unwrapped task.
+
+    Raises:
+        CheckpointError: damaged, or the weights of another model; names the first differences.
+    """
+    stored = _load(folder, "model")
+    ours = task.state_dict()
+    wrong = [name for name in ours if name not in stored or stored[name].shape != ours[name].shape]
+    wrong += [name for name in stored if name not in ours]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: holds another model; {len(wrong)} weights differ, such as {', '.join(wrong[:3])}"
+        )
+    task.load_state_dict(stored)
+
+
+def load_portable_state(folder: Path) -> PortableState:
+    """All tensors of a checkpoint, on the CPU."""
+    return {kind: _load(folder, kind) for kind in ("model", "exp_avg", "exp_avg_sq")}
+
+
+def _load(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / f"{kind}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {kind}.safetensors is not readable: {error}") from error
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, _hash).hexdigest()}
+
+
+def _hash():
+    return hashlib.blake2b(digest_size=16)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

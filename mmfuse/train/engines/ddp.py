@@ -1,0 +1,57 @@
+"""One process, or DistributedDataParallel through Accelerate."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from mmfuse.train.engines.base import Engine, PortableState
+
+
+class DdpEngine(Engine):
+    """Replicated weights; gradients averaged over ranks."""
+
+    name = "ddp"
+
+    def wrap(
+        self, task: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float | None, rank_rows: int
+    ) -> None:
+        self.task, self.clip_norm = task, clip_norm
+        self.optimizer = optimizer
+        self.wrapped, self._prepared_optimizer = self.accelerator.prepare(task, optimizer)
+
+    def forward(self, batch: object):
+        return self.wrapped(batch)
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        return self.accelerator.accumulate(self.wrapped)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def step(self) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.clip_norm or torch.inf)
+        self._prepared_optimizer.step()
+        self._prepared_optimizer.zero_grad()
+        return norm
+
+    def export_state(self) -> tuple[PortableState, int]:
+        moments = {name: self.optimizer.state[p] for name, p in self.task.named_parameters()}
+        adam_steps = int(next(iter(moments.values()))["step"])
+        if self.rank != 0:
+            return {}, adam_steps
+        state = {"model": {name: _to_cpu(tensor) for name, tensor in self.task.state_dict().items()}}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[kind] = {name: _to_cpu(moment[kind]) for name, moment in moments.items()}
+        return state, adam_steps
+
+    def import_moments(self, state: PortableState, adam_steps: int) -> None:
+        for name, parameter in self.task.named_parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(adam_steps)),
+                **{kind: state[kind][name].to(parameter.device) for kind in ("exp_avg", "exp_avg_sq")},
+            }
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True).contiguous()

@@ -1,0 +1,39 @@
+"""What a run ran on, for its report and for anyone who wants the same numbers again."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from mmfuse import __version__
+from mmfuse.config import dump_yaml
+from mmfuse.distributed import rank, world_size
+from mmfuse.train.files import write_text
+from mmfuse.train.run import RunConfig
+
+_LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "timm", "torchaudio", "numpy")
+
+
+def describe_environment(strategy: str) -> dict[str, str]:
+    """Versions, hardware and launch, as text by name."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "mmfuse": __version__,
+        "python": platform.python_version(),
+        **{library: version(library) for library in _LIBRARIES},
+        "platform": platform.platform(),
+        "device": device,
+        "strategy": strategy,
+        "world_size": str(world_size()),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def write_environment(folder: Path, run: RunConfig, *, strategy: str) -> None:
+    """`run.yaml`, proved to load again, and `environment.json`; rank 0 only writes."""
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        dump_yaml(run, folder / "run.yaml")
+        write_text(folder / "environment.json", json.dumps(describe_environment(strategy), indent=1))

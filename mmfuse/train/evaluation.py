@@ -1,0 +1,90 @@
+"""Evaluates a task on a run's validation sets, in training and from a checkpoint, and keeps the results in its folder."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfuse.data.decode import SampleDecoder
+from mmfuse.data.loader import BatchRequest, evaluation_requests, load_batches
+from mmfuse.data.mixture import open_source
+from mmfuse.distributed import barrier, rank, world_size
+from mmfuse.evaluate.report import write_report
+from mmfuse.evaluate.retrieval import embed_set, evaluate_retrieval, summarize
+from mmfuse.task import Task
+from mmfuse.train.checkpoint import RUN, load_weights, read_facts, verify_checkpoint
+from mmfuse.train.environment import write_environment
+from mmfuse.train.files import write_text
+from mmfuse.train.run import RunConfig, load_run
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, Any]]
+"""Scores by evaluation set and direction."""
+
+
+class Evaluator:
+    """The opened validation sets of a run."""
+
+    def __init__(self, run: RunConfig) -> None:
+        """Opens them now, so that a missing one is known before the first step."""
+        self.config, self.num_workers = run.evaluation, run.data.num_workers
+        modalities = tuple(run.model.modalities)
+        self.sources = {n: open_source(c, modalities=modalities) for n, c in run.data.validation.items()}
+        self.processors = {name: config.build_processor() for name, config in run.model.modality_configs.items()}
+
+    def evaluate(self, task: Task, device: torch.device) -> Results:
+        """Scores of every set; all ranks must call."""
+        results = {}
+        for name, source in self.sources.items():
+            decoder = SampleDecoder([source], self.processors, seed=None)
+
+            def requests(size: int = len(source)) -> Iterator[BatchRequest]:
+                batch_size = max(self.config.batch_size, world_size())
+                return evaluation_requests(size, batch_size=batch_size, rank=rank(), world_size=world_size())
+
+            batches = load_batches(decoder, requests, num_workers=self.num_workers)
+            embedded = embed_set(task.model, batches, num_samples=len(source), device=device, name=name)
+            results[name] = evaluate_retrieval(embedded, self.config)
+        return results
+
+    def evaluate_step(self, task: Task, device: torch.device, *, step: int, folder: Path) -> Results:
+        """Evaluates and, on rank 0, keeps the scores as `evaluations/step_NNNNNNNN.json`."""
+        results = self.evaluate(task, device)
+        if rank() == 0:
+            text = json.dumps({"step": step, "sets": results}, indent=1)
+            write_text(folder / "evaluations" / f"step_{step:08d}.json", text)
+        return results
+
+    def report(self, results: Results, folder: Path) -> None:
+        """Writes the report and logs the table; rank 0 works, the others wait."""
+        if rank() == 0:
+            page = write_report(folder, sources=self.sources, k=max(self.config.recall_at))
+            table = "\n".join(summarize(results, k=max(self.config.recall_at)))
+            logger.info("retrieval:\n%s\nreport: %s", table, page)
+        barrier()
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, *, output: Path | None, overrides: list[str], device: torch.device
+) -> Results:
+    """Scores a checkpoint beside a randomly initialised model and writes the report, by default into `CHECKPOINT.evaluation`.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of another model.
+    """
+    verify_checkpoint(checkpoint, contents=True)
+    run = load_run(str(checkpoint / RUN), overrides=overrides)
+    step = int(read_facts(checkpoint)["step"])
+    folder = output or checkpoint.with_name(f"{checkpoint.name}.evaluation")
+    evaluator = Evaluator(run)
+    task = Task(run.model, run.objective_configs, seed=run.seed).to(device)
+    evaluator.evaluate_step(task, device, step=0, folder=folder)
+    load_weights(task, checkpoint)
+    results = evaluator.evaluate_step(task, device, step=step, folder=folder)
+    write_environment(folder, run, strategy="evaluation")
+    evaluator.report(results, folder)
+    return results

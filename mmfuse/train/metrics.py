@@ -1,0 +1,116 @@
+"""Numbers over time: one line every few steps to the log, `metrics.jsonl` and TensorBoard, without a sync inside a step."""
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mmfuse.distributed import rank, sum_over_ranks, world_size
+from mmfuse.train.files import drop_lines_after
+from mmfuse.types import StepOutput
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Sums on the device, writes on rank 0. All ranks call the same methods."""
+
+    def __init__(self, folder: Path, *, start: int, stop: int, device: torch.device) -> None:
+        self.path, self.device = folder / "metrics.jsonl", device
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+        if rank() == 0:
+            drop_lines_after(self.path, start)
+            self._file = open(self.path, "a", buffering=1)
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=stop, initial=start, unit="step", disable=rank() != 0, dynamic_ncols=True, leave=False)
+
+    def count_wait(self, seconds: float) -> None:
+        """Time that the step stood waiting for data."""
+        self._waited += seconds
+
+    def add(self, output: StepOutput, *, share: float) -> None:
+        """One micro-step; `share` is its part of the step."""
+        for name, value in {"loss": output.loss.detach(), **output.terms}.items():
+            value = value.float() * share
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def end_step(self) -> None:
+        self._steps += 1
+        self._bar.update()
+
+    def write(self, step: int, *, rows: int, facts: dict[str, Any]) -> dict[str, float]:
+        """Means since the last call, over steps and ranks, with rates and memory; the same on every rank.
+
+        Args:
+            step: steps done so far.
+            rows: samples of a global batch.
+            facts: more numbers of this moment, tensors or floats.
+        """
+        names = list(self._sums)
+        means = sum_over_ranks(torch.stack([self._sums[name] for name in names])) / (world_size() * self._steps)
+        seconds = time.perf_counter() - self._since
+        numbers = dict(zip(names, means.tolist(), strict=True)) | {name: float(value) for name, value in facts.items()}
+        numbers |= {
+            "samples_per_second": self._steps * rows / seconds,
+            "step_seconds": seconds / self._steps,
+            "data_wait_seconds": self._waited / self._steps,
+            "memory_gib": _peak_memory_gib(self.device),
+        }
+        if rank() == 0:
+            self._write_line(step, numbers)
+        self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, time.perf_counter()
+        return numbers
+
+    def write_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Evaluation scores, to TensorBoard; their full form is in `evaluations/`."""
+        if rank() == 0:
+            for name, value in scores.items():
+                self._tensorboard.add_scalar(f"evaluation/{name}", value, step)
+
+    def restart_clock(self) -> None:
+        """Leaves evaluation and checkpoints out of the next line's step time."""
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        self._bar.close()
+        if rank() == 0:
+            self._file.close()
+            self._tensorboard.close()
+
+    def _write_line(self, step: int, numbers: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, step)
+        terms = " ".join(
+            f"{n.rpartition('/')[2]} {v:.3f}" for n, v in numbers.items() if n in self._sums and n != "loss"
+        )
+        logger.info(
+            "step %d  loss %.4f (%s)  %.0f samples/s  step %.3f s  data wait %.3f s  grad norm %.2f  memory %.2f GiB",
+            step,
+            numbers["loss"],
+            terms,
+            numbers["samples_per_second"],
+            numbers["step_seconds"],
+            numbers["data_wait_seconds"],
+            numbers["grad_norm"],
+            numbers["memory_gib"],
+        )
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Peak of the device's allocator, or of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,160 @@
+"""The run: everything that is decided before the first step, as one frozen value."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+
+from mmfuse.config import (
+    PluginSettings,
+    Settings,
+    apply_overrides,
+    flatten,
+    load_yaml,
+    plugin_settings,
+    suggest,
+    validate,
+)
+from mmfuse.data.mixture import DataConfig
+from mmfuse.errors import ConfigError
+from mmfuse.evaluate.retrieval import EvaluationConfig
+from mmfuse.model.model import ModelConfig
+from mmfuse.objectives.base import ObjectiveConfig
+from mmfuse.train.engines.base import Precision
+from mmfuse.train.optim import OptimizerConfig
+
+SHIPPED_RUNS = Path(__file__).parents[1] / "runs"
+_MAY_CHANGE = (
+    "output_dir",
+    "train.",
+    "optimizer.",
+    "evaluation.",
+    "data.num_workers",
+    "data.prefetch",
+    "data.validation",
+)
+_MAY_NOT_CHANGE = ("train.global_batch", "train.accumulation")
+
+
+def _objectives(value: Any) -> Any:
+    return plugin_settings("mmfuse.objectives", value)
+
+
+class TrainConfig(Settings):
+    """The loop."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    global_batch: PositiveInt
+    """Samples of one optimizer step, over all ranks and micro-steps."""
+    accumulation: PositiveInt = 1
+    """Micro-steps of one optimizer step."""
+    precision: Precision = "fp32"
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    checkpoint_every: PositiveInt = 100
+    """Steps between two checkpoints; the last step always makes one."""
+    keep_checkpoints: PositiveInt = 2
+    evaluate_every: NonNegativeInt = 0
+    """Steps between two evaluations; 0: only before the first step and after the last."""
+    record_samples: bool = False
+    """Write the keys of every batch to `samples.rankN.jsonl`, for audits."""
+
+
+class RunConfig(Settings):
+    """One run. `mmfuse train RUN` reads it from YAML and writes it, resolved, into the run's folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    output_dir: Path | None = None
+    """The run's folder; null: `runs/NAME`."""
+    seed: NonNegativeInt = 0
+    """Of the weights, the order of the data, and all noise."""
+    model: ModelConfig
+    objectives: Annotated[PluginSettings, BeforeValidator(_objectives)] = Field(min_length=1)
+    """By the name of a file in `mmfuse/objectives`."""
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run is kept."""
+        return self.output_dir or Path("runs") / self.name
+
+    @property
+    def objective_configs(self) -> dict[str, ObjectiveConfig]:
+        """`objectives` with the type that their files promise."""
+        return {name: config for name, config in self.objectives.items() if isinstance(config, ObjectiveConfig)}
+
+    @model_validator(mode="after")
+    def _check_contradictions(self) -> "RunConfig":
+        problems = []
+        uses_fusion = [name for name, config in self.objective_configs.items() if config.uses_fusion]
+        if self.model.fusion and not uses_fusion:
+            problems.append(
+                "model.fusion is set, but no objective trains it: add matching, masked_language or leave_one_out, "
+                "or set model.fusion to null"
+            )
+        if not self.model.fusion and uses_fusion:
+            problems.append(f"model.fusion is null, but objectives.{uses_fusion[0]} needs it")
+        coupled = [name for name in ("contrastive", "leave_one_out", "matching") if name in self.objectives]
+        if self.train.accumulation > 1 and coupled:
+            problems.append(
+                f"train.accumulation = {self.train.accumulation} with objectives.{coupled[0]}: negatives would come from "
+                "one micro-batch only, which is another objective; set it to 1"
+            )
+        if self.train.global_batch % self.train.accumulation:
+            problems.append(
+                f"train.global_batch = {self.train.global_batch} is not a multiple of "
+                f"train.accumulation = {self.train.accumulation}"
+            )
+        if self.data.lanes and self.train.global_batch % self.data.lanes:
+            problems.append(
+                f"train.global_batch = {self.train.global_batch} is not a multiple of data.lanes = {self.data.lanes}"
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            problems.append(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is not below train.steps = {self.train.steps}"
+            )
+        if problems:
+            raise ValueError("the run contradicts itself: " + "; ".join(problems))
+        return self
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuses a world in which a rank would have no row.
+
+        Raises:
+            ConfigError: more ranks than rows of a micro-batch.
+        """
+        rows = self.train.global_batch // self.train.accumulation
+        if world_size > rows:
+            raise ConfigError(
+                f"{world_size} ranks, but a micro-batch has only {rows} rows (train.global_batch / train.accumulation): "
+                "start fewer processes or raise train.global_batch"
+            )
+
+
+def load_run(name: str, *, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run in a YAML file, or one that ships with mmfuse, with `a.b=value` overrides.
+
+    Raises:
+        ConfigError: no such run, or wrong settings; all problems at once.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED_RUNS / f"{name}.yaml"
+    if not path.is_file():
+        known = [run.stem for run in SHIPPED_RUNS.glob("*.yaml")]
+        raise ConfigError(f"no run {suggest(name, known)} (a path must end in .yaml)")
+    return validate(RunConfig, apply_overrides(load_yaml(path), overrides), source=str(path))
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> list[str]:
+    """What differs between two runs that must not differ between a checkpoint and the run that resumes it."""
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    changed = []
+    for name in sorted(before.keys() | after.keys()):
+        free = name.startswith(_MAY_CHANGE) and not name.startswith(_MAY_NOT_CHANGE)
+        if not free and before.get(name) != after.get(name):
+            changed.append(f"{name}: {before.get(name)!r} then, {after.get(name)!r} now")
+    return changed
