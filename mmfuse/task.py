@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from mmfuse.model.model import FusionModel, ModelConfig
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
+from mmfuse.randomness import seeded_torch
 from mmfuse.types import Batch, StepOutput
 
 
@@ -20,8 +20,7 @@ class Task(nn.Module):
             ConfigError: an objective needs what the model lacks.
         """
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded_torch(seed):
             self.model = FusionModel(model)
             self.objectives = nn.ModuleDict({n: config.build(model, seed=seed) for n, config in objectives.items()})
         self.weights = {name: config.weight for name, config in objectives.items()}

@@ -164,7 +164,7 @@ class AudioEncoder(Encoder):
 def _build_ast(config: Config) -> ASTModel:
     if config.pretrained:
         return ASTModel.from_pretrained(config.pretrained)
-    return ASTModel(
+    ast = ASTModel(
         ASTConfig(
             hidden_size=config.hidden_size,
             num_hidden_layers=config.num_layers,
@@ -177,6 +177,11 @@ def _build_ast(config: Config) -> ASTModel:
             num_mel_bins=config.num_mel_bins,
         )
     )
+    # transformers leaves these at 0, where the first norm's gradient is 10^6 times too large; the authors' code does this.
+    embeddings = ast.embeddings
+    for parameter in (embeddings.cls_token, embeddings.distillation_token, embeddings.position_embeddings):
+        torch.nn.init.trunc_normal_(parameter, std=0.02)
+    return ast
 
 
 def _random_speed(largest: float, generator: torch.Generator) -> float:

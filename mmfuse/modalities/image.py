@@ -14,6 +14,7 @@ from torchvision.transforms import v2 as transforms
 from mmfuse.config import Settings
 from mmfuse.errors import SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor
+from mmfuse.randomness import seeded_torch
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -73,8 +74,7 @@ class ImageProcessor:
         if seed is None:
             picture = self.eval_transform(picture)
         else:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-                torch.manual_seed(seed)
+            with seeded_torch(seed):  # torchvision draws from torch's global generator
                 picture = self.train_transform(picture)
         return {"pixels": transforms.functional.pil_to_tensor(picture)}
 

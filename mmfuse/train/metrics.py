@@ -5,6 +5,8 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +80,12 @@ class MetricsWriter:
             for name, value in scores.items():
                 self._tensorboard.add_scalar(f"evaluation/{name}", value, step)
 
-    def restart_clock(self) -> None:
-        """Leaves evaluation and checkpoints out of the next line's step time."""
-        self._since = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what is done inside (checkpoints, evaluations) out of the step time."""
+        since = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - since
 
     def close(self) -> None:
         self._bar.close()

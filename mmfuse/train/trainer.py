@@ -99,11 +99,11 @@ def _fit(
             numbers = metrics.write(done, rows=config.global_batch, facts=rate | epochs)
             _check_finite(numbers, done)
         if done % config.checkpoint_every == 0 or done == config.steps:
-            _save(run, engine, plan, step=done)
-            metrics.restart_clock()
+            with metrics.paused():
+                _save(run, engine, plan, step=done)
         if config.evaluate_every and done % config.evaluate_every == 0 and done < config.steps:
-            evaluator.evaluate_step(task, engine.device, step=done, folder=run.folder)
-            metrics.restart_clock()
+            with metrics.paused():
+                evaluator.evaluate_step(task, engine.device, step=done, folder=run.folder)
     metrics.close()
 
 

@@ -57,6 +57,7 @@ class DeepSpeedEngine(Engine):
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
     def export_state(self) -> tuple[PortableState, int]:
+        self._link_moments()
         state: PortableState = {"model": {}, **{kind: {} for kind in _MOMENTS}}
         for name, parameter in self.task.named_parameters():
             shape = parameter.ds_shape if self.stage == 3 else parameter.shape  # type: ignore[attr-defined]
@@ -79,8 +80,7 @@ class DeepSpeedEngine(Engine):
                 "step": torch.tensor(float(adam_steps)),
                 **{k: torch.zeros_like(flat) for k in _MOMENTS},
             }
-        if self.stage < 3:
-            self._zero._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for name, parameter in self.task.named_parameters():
             tensors = {kind: state[kind][name].to(self.device) for kind in ("model", *_MOMENTS)}
             if self.stage < 3:
@@ -93,6 +93,16 @@ class DeepSpeedEngine(Engine):
                 safe_set_local_fp32_param(parameter, local["model"])
                 for kind in _MOMENTS:
                     safe_set_local_optimizer_state(parameter, local[kind], kind)
+
+    def _link_moments(self) -> None:
+        """Lets `safe_get_*` and `safe_set_*` find the moments of every parameter.
+
+        DeepSpeed 0.19.8 does so once, after the first parameter group's first step, when the other groups have none yet
+        (stage_1_and_2.py, `_optimizer_step`). Remove when it links after the last group.
+        """
+        if self.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     @property
     def _zero(self):

@@ -1,0 +1,274 @@
+"""A run's folder as one page and one JSON file: what was learned, how, and on what."""
+
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
+
+from mmfuse import __version__
+from mmfuse.config import flatten, load_yaml
+from mmfuse.data.source import Source
+from mmfuse.errors import DataError
+from mmfuse.evaluate.report_page import Curve, Report, SetScores, render_page
+
+logger = logging.getLogger(__name__)
+
+_HAS_ITS_PLACE = {"step", "loss", "learning_rate", "grad_norm", "samples_per_second", "memory_gib"}
+_HAS_ITS_PLACE |= {"step_seconds", "data_wait_seconds"}
+_MAX_POINTS = 400
+_ROUND = (1, 2, 2.5, 5, 10)
+_COLORS = tuple(f"#0000{number:02x}" for number in range(1, 7))
+_MUTED, _RULE = "#0000f0", "#0000f1"
+"""Placeholders, put into the figure by matplotlib and turned into the page's CSS variables, so that dark mode works."""
+_LOCAL_PATH = re.compile(r"""(^|[\s=,'"])(/|~/|[A-Za-z]:\\)\S""")
+
+
+def write_report(folder: Path, *, sources: Mapping[str, Source], k: int = 10) -> Path:
+    """Writes `report.json` and `report.html` into a run's folder and returns the page.
+
+    Args:
+        sources: the evaluation sets by name; a set that is not among them is shown without sample retrievals.
+        k: the recall of headline, bars and curve; where the run did not measure R@k, the largest that it did.
+
+    Raises:
+        ConfigError: the folder has no readable `run.yaml`.
+        DataError: an evaluation is not readable, or is not of these sources.
+    """
+    report = _read_report(folder, k=k)
+    summary = json.dumps(_summarize(report), indent=1, allow_nan=False)
+    page = folder / "report.html"
+    _write(folder / "report.json", summary + "\n")
+    _write(page, render_page(report, sources=sources))
+    return page
+
+
+def _read_report(folder: Path, *, k: int) -> Report:
+    run = load_yaml(folder / "run.yaml")
+    metrics = _read_metrics(folder / "metrics.jsonl")
+    evaluations = _read_evaluations(folder / "evaluations")
+    evaluated_step = max(evaluations, default=0)
+    final = evaluations.get(evaluated_step, {})
+    steps = max(evaluated_step, metrics[-1]["step"] if metrics else 0)
+    global_batch = flatten(run).get("train.global_batch")
+    measured = [
+        {int(name[2:]) for name in scores if re.fullmatch(r"R@\d+", name)}
+        for directions in final.values()
+        for scores in directions.values()
+    ]
+    common = set[int]().union(*measured).intersection(*measured)
+    k = k if k in common else max(common, default=k)
+    names = dict.fromkeys(name for line in metrics for name in line)
+    terms = [name for name in names if name.partition("/")[0] in run.get("objectives", {})]
+    newest = max((folder / "run.yaml", *(folder / "evaluations").glob("*.json")), key=lambda path: path.stat().st_mtime)
+    return Report(
+        name=str(run.get("name", folder.name)),
+        steps=steps,
+        evaluated_step=evaluated_step,
+        samples_seen=steps * global_batch if isinstance(global_batch, int) else None,
+        date=datetime.fromtimestamp(newest.stat().st_mtime, UTC).date().isoformat(),
+        k=k,
+        final=final,
+        baseline=evaluations.get(0, {}) if evaluated_step else {},
+        recall_curves=_draw_recall(evaluations, k=k) if len(evaluations) > 2 else [],
+        loss_curves=[curve for name in ("loss", *terms) for curve in _draw(name, [_series(metrics, name)])],
+        machine_curves=_draw_machine(metrics, others=[n for n in names if n not in terms]),
+        last_metrics=metrics[-1] if metrics else {},
+        run_yaml=(folder / "run.yaml").read_text(encoding="utf-8"),
+        environment=_read_environment(folder / "environment.json"),
+    )
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines; a run that was killed may leave a cut one."""
+    metrics, bad = [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            numbers = json.loads(line)
+            metrics.append({**numbers, "step": int(numbers["step"])})
+        except (ValueError, KeyError, TypeError):
+            bad += 1
+    if bad:
+        logger.warning("%s: %d lines are not whole; the report goes without them", path, bad)
+    return metrics
+
+
+def _read_evaluations(folder: Path) -> dict[int, SetScores]:
+    """Every evaluation by its step, in order."""
+    evaluations: dict[int, SetScores] = {}
+    for path in folder.glob("step_*.json"):
+        try:
+            evaluation = json.loads(path.read_text(encoding="utf-8"))
+            evaluations[int(evaluation["step"])] = evaluation["sets"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: is no evaluation ({error!r}); delete it, or evaluate that step again") from error
+    return dict(sorted(evaluations.items()))
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    """Flat, and without what names a place on somebody's machine: reports are passed on."""
+    if not path.is_file():
+        return {}
+    try:
+        facts = flatten(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise DataError(f"{path}: is not readable as JSON ({error}); delete it to go without") from error
+    return {name: value for name, value in facts.items() if not _LOCAL_PATH.search(str(value))}
+
+
+def _summarize(report: Report) -> dict[str, Any]:
+    """`report.json`: numbers for a program, without samples or paths; what is not finite becomes null."""
+    summary = {
+        "name": report.name,
+        "mmfuse": __version__,
+        "date": report.date,
+        "steps": report.steps,
+        "samples_seen": report.samples_seen,
+        "evaluated_step": report.evaluated_step,
+        "scores": _without_examples(report.final),
+        "baseline": _without_examples(report.baseline) or None,
+        "last_metrics": report.last_metrics or None,
+        "environment": report.environment,
+    }
+    return _finite(summary)
+
+
+def _without_examples(sets: SetScores) -> SetScores:
+    return {
+        name: {d: {key: value for key, value in s.items() if key != "examples"} for d, s in directions.items()}
+        for name, directions in sets.items()
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Series(NamedTuple):
+    """One line of a plot."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    chance: float | None = None
+    """Where a dashed line says what a random order gives."""
+
+
+def _draw_recall(evaluations: Mapping[int, SetScores], *, k: int) -> list[Curve]:
+    """R@k of every direction over the steps, one plot for each set."""
+    curves = []
+    for name, directions in evaluations[max(evaluations)].items():
+        series = []
+        for direction, final in directions.items():
+            scores = {step: sets.get(name, {}).get(direction, {}).get(f"R@{k}") for step, sets in evaluations.items()}
+            known = {step: score for step, score in scores.items() if score is not None}
+            series.append(_Series(direction, [*known], [*known.values()], final.get(f"chance R@{k}")))
+        curves += _draw(f"R@{k}, {name}", series, percent=True, note="dashed: chance")
+    return curves
+
+
+def _draw_machine(metrics: list[dict[str, Any]], *, others: list[str]) -> list[Curve]:
+    """How the optimizer was driven and how fast it went; then the numbers that this module has not heard of."""
+    curves = [
+        *_draw("learning rate", [_series(metrics, "learning_rate")], from_zero=True),
+        *_draw("gradient norm", [_series(metrics, "grad_norm")], from_zero=True),
+        *_draw("samples per second", [_series(metrics, "samples_per_second")], from_zero=True),
+        *_draw(
+            "seconds a step",
+            [_series(metrics, "step_seconds", "whole step"), _series(metrics, "data_wait_seconds", "waiting for data")],
+            from_zero=True,
+        ),
+    ]
+    for name in others:
+        if name not in _HAS_ITS_PLACE and not name.startswith("epochs/"):
+            curves += _draw(name, [_series(metrics, name)])
+    return curves
+
+
+def _series(metrics: list[dict[str, Any]], name: str, label: str = "") -> _Series:
+    """One number over time; beyond some hundred points each is the mean of its neighbours."""
+    points = [(line["step"], line[name]) for line in metrics if isinstance(line.get(name), int | float)]
+    finite = np.array([point for point in points if math.isfinite(point[1])], dtype=np.float64).reshape(-1, 2)
+    if len(finite) > _MAX_POINTS:
+        finite = np.array([part.mean(0) for part in np.array_split(finite, _MAX_POINTS)])
+    return _Series(label or name, finite[:, 0].tolist(), finite[:, 1].tolist())
+
+
+def _draw(
+    title: str, series: list[_Series], *, percent: bool = False, from_zero: bool = False, note: str = ""
+) -> list[Curve]:
+    """One plot, or none where there is nothing to draw."""
+    if not any(line.steps for line in series):
+        return []
+    size = (4.6, 2.5) if percent else (2.6, 1.5)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    for line, color in zip(series, _COLORS * len(series), strict=False):
+        marker = "o" if len(line.steps) <= 25 else None
+        axes.plot(line.steps, line.values, color=color, linewidth=1.3, marker=marker, markersize=2.2)
+    for chance in {line.chance for line in series if line.chance is not None}:
+        axes.axhline(chance, color=_MUTED, linewidth=0.7, dashes=(3, 3), zorder=1)
+    if percent:
+        axes.set_ylim(0, 1.02)
+    elif from_zero:
+        axes.set_ylim(0, 1.12 * max(max(line.values, default=0) for line in series) or 1)
+    _style(axes, percent=percent)
+    legend = [(f"--c{i % len(_COLORS) + 1}", line.label) for i, line in enumerate(series)] if len(series) > 1 else []
+    last = note or (f"{series[0].values[-1]:.4g}" if len(series) == 1 else "")
+    return [Curve(title, last, legend, _to_svg(figure, title))]
+
+
+def _style(axes: Axes, *, percent: bool) -> None:
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
+    axes.patch.set_visible(False)
+    axes.grid(axis="y", color=_RULE, linewidth=0.6)
+    axes.tick_params(bottom=False, left=False, labelsize=7.4, labelcolor=_MUTED)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_ROUND))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.yaxis.set_major_locator(MultipleLocator(0.25) if percent else MaxNLocator(4, steps=_ROUND))
+    axes.yaxis.set_major_formatter(
+        PercentFormatter(1, decimals=0) if percent else FuncFormatter(lambda y, _: f"{y:.3g}")
+    )
+
+
+def _to_svg(figure: Figure, name: str) -> str:
+    """The figure's drawing alone, in the page's fonts and colors; ids are those of `name`, for many share the page."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = re.sub(r"<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL)
+    box = re.search(r'viewBox="[\d. ]+"', svg)
+    assert box is not None, "matplotlib writes a viewBox"
+    inner = svg[svg.index(">", box.end()) + 1 : svg.rindex("</svg>")]
+    inner = re.sub(r'<g id="[^"]*"', "<g", inner).replace("xlink:href", "href")
+    inner = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", inner)
+    inner = inner.replace(_MUTED, "var(--muted)").replace(_RULE, "var(--rule)")
+    for number, color in enumerate(_COLORS, start=1):
+        inner = inner.replace(color, f"var(--c{number})")
+    inner = re.sub(r"\s*\n\s*", " ", inner)
+    return f'<svg {box.group()} aria-hidden="true">{inner}</svg>'
+
+
+def _write(path: Path, text: str) -> None:
+    """Complete or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(text.encode("utf-8", "replace"))
+    temporary.replace(path)

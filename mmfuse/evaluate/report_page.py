@@ -1,0 +1,300 @@
+"""The report's page: one HTML file that loads nothing, needs no JavaScript and shows what the numbers stand for."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from mmfuse import __version__
+from mmfuse.data.source import RawSample, Source
+from mmfuse.errors import DataError
+
+SetScores = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""What `evaluate_retrieval` gives, by set and direction."""
+
+_STYLE = Path(__file__).with_name("report.css")
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
+_MAX_MEMBER_BYTES = 300_000
+_MAX_MEDIA_BYTES = 3_600_000
+"""Of the whole page; base64 makes it 4.8 MB."""
+_THUMBNAIL_BYTES, _THUMBNAIL_PIXELS = 16_000, 224
+_MAX_CAPTION = 160
+_MIME = {
+    "jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "gif": "image/gif",
+    "wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg", "opus": "audio/ogg",
+    "txt": "text/plain",
+}  # fmt: skip
+
+
+class Curve(NamedTuple):
+    """A plot with its caption."""
+
+    title: str
+    note: str
+    legend: list[tuple[str, str]]
+    """CSS variable of the color, label."""
+    svg: str
+
+
+class Report(NamedTuple):
+    """What the page shows."""
+
+    name: str
+    steps: int
+    evaluated_step: int
+    samples_seen: int | None
+    date: str
+    k: int
+    final: SetScores
+    baseline: SetScores
+    """Of step 0; empty where that was not evaluated."""
+    recall_curves: list[Curve]
+    loss_curves: list[Curve]
+    machine_curves: list[Curve]
+    last_metrics: Mapping[str, Any]
+    run_yaml: str
+    environment: Mapping[str, Any]
+
+
+def render_page(report: Report, *, sources: Mapping[str, Source]) -> str:
+    """The whole page. Everything that comes from data is escaped."""
+    cards = _Cards(sources)
+    body = [
+        _header(report),
+        _retrieval(report),
+        _figures("Losses", report.loss_curves),
+        _figures("Optimizer and throughput", report.machine_curves, note=_machine_note(report.last_metrics)),
+        *(_examples(name, directions, cards) for name, directions in report.final.items()),
+        _details(report),
+        f"<footer>written by mmfuse {__version__}</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(report.name)} · mmfuse</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style></head>\n"
+        "<body><main>\n" + "\n".join(filter(None, body)) + "\n</main></body></html>\n"
+    )
+
+
+def _header(report: Report) -> str:
+    facts = [f"{report.steps:,} steps"]
+    if report.samples_seen is not None:
+        facts.append(f"{report.samples_seen:,} samples seen")
+    if report.final and report.evaluated_step != report.steps:
+        facts.append(f"evaluated after step {report.evaluated_step:,}")
+    tiles = []
+    for name, directions in report.final.items():
+        headline = [d for d in ("image->text", "text->image") if d in directions] or list(directions)[:2]
+        tiles += [_tile(name, direction, directions[direction], report.k) for direction in headline]
+    return (
+        f'<header><p class="kicker">mmfuse run</p><h1>{escape(report.name)}</h1>'
+        f'<p class="facts">{" · ".join(f"<span>{fact}</span>" for fact in (*facts, report.date))}</p>'
+        f'<div class="tiles">{"".join(tiles)}</div></header>'
+    )
+
+
+def _tile(name: str, direction: str, scores: Mapping[str, Any], k: int) -> str:
+    recall, chance = scores[f"R@{k}"], scores[f"chance R@{k}"]
+    return (
+        f'<div class="tile"><span>{escape(name)}</span><p><b>{recall:.0%}</b> {_ratio(recall, chance)} chance</p>'
+        f"<span>{_arrow(direction)} R@{k}</span></div>"
+    )
+
+
+def _retrieval(report: Report) -> str:
+    """One table for all sets, one row a direction, and the curves of R@k."""
+    if not report.final:
+        return '<section><h2>Retrieval</h2><p class="note">This run has not been evaluated.</p></section>'
+    k, baseline = report.k, report.baseline
+    scores = [scores for directions in report.final.values() for scores in directions.values()]
+    others = sorted({int(n[2:]) for s in scores for n in s if n.startswith("R@")} - {k})
+    head = ["", *(f"R@{n}" for n in others), f"R@{k}", f"chance R@{k}", "&times; chance"]
+    head += [*([f"R@{k} at step 0"] if baseline else []), "median rank", "gallery"]
+    rows = ["<thead><tr>" + "".join(f'<th scope="col">{column}</th>' for column in head) + "</tr></thead>"]
+    for name, directions in report.final.items():
+        rows.append(f'<tbody><tr><th class="set" scope="colgroup" colspan="{len(head)}">{escape(name)}</th></tr>')
+        for direction, row in directions.items():
+            recall, chance = row[f"R@{k}"], row[f"chance R@{k}"]
+            start = baseline.get(name, {}).get(direction, {}).get(f"R@{k}")
+            cells = [*(_percent(row.get(f"R@{n}")) for n in others), _bar(recall, chance, start)]
+            cells += [_percent(chance), _ratio(recall, chance), *([_percent(start)] if baseline else [])]
+            cells += [f"{row['median rank']:g}", f"{row['gallery']:,}"]
+            rows.append(f'<tr><th scope="row">{_arrow(direction)}</th><td>{"</td><td>".join(cells)}</td></tr>')
+        rows.append("</tbody>")
+    legend = (
+        f'<i class="key fill"></i> R@{k}: share of queries with a right answer among the first {k} '
+        '<i class="key chance"></i> chance: what a random order gives'
+    )
+    if baseline:
+        legend += ' <i class="key start"></i> step 0: the model before training'
+    table = f'<div class="scroll"><table class="scores">{"".join(rows)}</table></div>'
+    return f'<section><h2>Retrieval</h2><p class="note">{legend}</p>{table}{_curves(report.recall_curves)}</section>'
+
+
+def _bar(recall: float, chance: float, start: float | None) -> str:
+    """R@k as a bar and a number, with marks for chance and for the model before training."""
+    marks = f'<i class="fill" style="width:{recall:.1%}"></i><i class="chance" style="left:{chance:.1%}"></i>'
+    if start is not None:
+        marks += f'<i class="start" style="left:{start:.1%}"></i>'
+    return f'<span class="recall"><span class="bar">{marks}</span><b>{recall:.1%}</b></span>'
+
+
+def _percent(share: float | None) -> str:
+    return "&ndash;" if share is None else f"{share:.1%}"
+
+
+def _ratio(recall: float, chance: float) -> str:
+    return f"{recall / chance:.1f}&times;" if chance else "&ndash;"
+
+
+def _arrow(direction: str) -> str:
+    return escape(direction).replace("-&gt;", " → ")
+
+
+def _figures(title: str, curves: list[Curve], *, note: str = "") -> str:
+    return f"<section><h2>{title}</h2>{note}{_curves(curves)}</section>" if curves else ""
+
+
+def _curves(curves: list[Curve]) -> str:
+    figures = []
+    for curve in curves:
+        legend = "".join(
+            f'<span><i style="background:var({color})"></i>{_arrow(label)}</span>' for color, label in curve.legend
+        )
+        caption = f"<b>{escape(curve.title)}</b><span>{escape(curve.note)}</span>"
+        legend = f'<div class="legend">{legend}</div>' if legend else ""
+        figures.append(f"<figure><figcaption>{caption}</figcaption>{curve.svg}{legend}</figure>")
+    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+
+
+def _machine_note(last: Mapping[str, Any]) -> str:
+    facts = [f"peak memory {last['memory_gib']:.2f} GiB"] if "memory_gib" in last else []
+    epochs = {name.removeprefix("epochs/"): value for name, value in last.items() if name.startswith("epochs/")}
+    facts += [f"{value:.1f} epochs of {escape(name)}" for name, value in epochs.items()]
+    return f'<p class="note">{" · ".join(facts)}</p>' if facts else ""
+
+
+def _examples(name: str, directions: Mapping[str, Any], cards: "_Cards") -> str:
+    """Queries with their best answers, direction by direction."""
+    if name not in cards.sources or not any(scores.get("examples") for scores in directions.values()):
+        return ""
+    blocks = []
+    for direction, scores in directions.items():
+        rows = [_example(name, direction, e, cards, gallery=scores["gallery"]) for e in scores.get("examples", ())]
+        blocks.append(f'<div class="direction"><h3>{_arrow(direction)}</h3>{"".join(rows)}</div>')
+    return (
+        f"<section><h2>Sample retrievals: {escape(name)}</h2>"
+        '<p class="note">Left the query with the rank of its right answer, then the five best answers; '
+        '<i class="key right"></i> right. Small print under a sound is its caption.</p>'
+        f'<div class="directions">{"".join(blocks)}</div></section>'
+    )
+
+
+def _example(name: str, direction: str, example: Mapping[str, Any], cards: "_Cards", *, gallery: int) -> str:
+    """One query. An answer is right when it is of the query's group."""
+    source, _, target = direction.partition("->")
+    query, answers, rank = example["query"], example["answers"], example["rank"]
+    group = cards.sample(name, query).group_id
+    shown = [
+        cards.card(name, number, target, kind="right" if cards.sample(name, number).group_id == group else "wrong")
+        for number in answers
+    ]
+    return (
+        f'<div class="example">{cards.card(name, query, source, kind="query")}'
+        f'<p class="{"found" if rank <= len(answers) else "missed"}">rank <b>{rank:,}</b> of {gallery:,}</p>'
+        f'<div class="answers">{"".join(shown)}</div></div>'
+    )
+
+
+class _Cards:
+    """Samples as HTML, until the media that the page may hold are used up."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self.sources = sources
+        self._samples: dict[tuple[str, int], RawSample] = {}
+        self._bytes_left = _MAX_MEDIA_BYTES
+
+    def sample(self, name: str, number: int) -> RawSample:
+        """A sample of an evaluation set.
+
+        Raises:
+            DataError: the set has no such sample.
+        """
+        source = self.sources[name]
+        if not 0 <= number < len(source):
+            raise DataError(f"{name}: was evaluated with a sample {number}, but {source.name} has {len(source)}")
+        if (name, number) not in self._samples:
+            self._samples[name, number] = source.read(number)
+        return self._samples[name, number]
+
+    def card(self, name: str, number: int, modality: str, *, kind: str) -> str:
+        """One modality of a sample; `kind` is query, right or wrong."""
+        members = self.sample(name, number).members
+        caption = next((_caption(data) for ext, data in members.values() if _mime(ext) == "text/plain"), "")
+        content = self._content(*members[modality], caption) if modality in members else "<em>absent</em>"
+        return f'<div class="card {kind}">{content}</div>'
+
+    def _content(self, extension: str, data: bytes, caption: str) -> str:
+        mime = _mime(extension)
+        if mime == "text/plain":
+            return f"<span>{escape(_caption(data))}</span>"
+        if mime.startswith("image/"):
+            mime, data = _thumbnail(mime, data)
+        if not mime:
+            return f"<em>no preview of .{escape(extension)}</em>"
+        if len(data) > _MAX_MEMBER_BYTES:
+            return f"<em>{len(data) / 1000:,.0f} kB, too large to show</em>"
+        if len(data) > self._bytes_left:
+            return "<em>left out, the page is full</em>"
+        self._bytes_left -= len(data)
+        uri = f"data:{mime};base64,{base64.b64encode(data).decode()}"
+        if mime.startswith("image/"):
+            return f'<img src="{uri}" alt="{escape(caption)}" title="{escape(caption)}">'
+        player = f'<span class="play"><audio controls preload="none" src="{uri}"></audio></span>'
+        return f"{player}<small>{escape(caption)}</small>"
+
+
+def _mime(extension: str) -> str:
+    """What a browser calls it; empty for what the page does not show."""
+    return _MIME.get(extension.rpartition(".")[2], "")
+
+
+def _caption(data: bytes) -> str:
+    """The first caption of several."""
+    lines = data.decode("utf-8", "replace").strip().splitlines() or [""]
+    return lines[0] if len(lines[0]) <= _MAX_CAPTION else lines[0][:_MAX_CAPTION] + "…"
+
+
+def _thumbnail(mime: str, data: bytes) -> tuple[str, bytes]:
+    """A large picture made small, as its type and bytes; one that does not decode stays as it is."""
+    if len(data) <= _THUMBNAIL_BYTES:
+        return mime, data
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        picture.draft("RGB", (_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))  # a JPEG is decoded at a fraction of its size
+        picture = picture.convert("RGB")
+        picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+        small = io.BytesIO()
+        picture.save(small, "JPEG", quality=82)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return mime, data
+    return "image/jpeg", small.getvalue()
+
+
+def _details(report: Report) -> str:
+    rows = []
+    for name, value in report.environment.items():
+        shown = value if isinstance(value, str) else json.dumps(value)
+        rows.append(f'<tr><th scope="row">{escape(name)}</th><td>{escape(shown)}</td></tr>')
+    table = f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+    return (
+        "<section><h2>Run and environment</h2>"
+        f"<details><summary>Resolved run</summary><pre>{escape(report.run_yaml)}</pre></details>"
+        f"{f'<details><summary>Environment</summary>{table}</details>' if rows else ''}</section>"
+    )
