@@ -49,8 +49,8 @@ def _add_train(commands) -> None:
     train = commands.add_parser(
         "train",
         help="train a run, or continue it from its newest checkpoint",
-        description="Trains RUN in this process. Through `accelerate launch -m mmfuse train RUN`, or launch/train.sh, it "
-        "is one of many. Started again, it goes on from the newest complete checkpoint in its folder.",
+        description="Trains RUN in this process. Through `accelerate launch -m mmfuse train RUN`, or launch/train.sh, "
+        "it is one of many. Started again, it goes on from the newest complete checkpoint in its folder.",
         epilog="Example: mmfuse train quickstart --set train.steps=50 --set output_dir=runs/short",
     )
     train.add_argument("run", metavar="RUN", help="a YAML file, or the name of a run that ships with mmfuse")

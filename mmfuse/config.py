@@ -3,35 +3,64 @@
 import difflib
 import importlib
 import pkgutil
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mmfuse.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Base of every settings class: frozen, unknown keys refused with the nearest known one, documented by docstrings."""
+    """Base of every settings class: frozen, documented by docstrings, refuses unknown keys and names the nearest."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _suggest_for_unknown(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if key not in cls.model_fields]
-            if unknown:
-                raise ValueError("; ".join(f"unknown setting {suggest(key, cls.model_fields)}" for key in unknown))
-        return value
+    def _suggest_for_unknown(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        # Around pydantic's own check, not before it: an unknown key must not hide what else is wrong.
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(cls.__name__, _details(error, cls.model_fields)) from None
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def _details(error: ValidationError, known: Iterable[str] = ()) -> list[InitErrorDetails]:
+    """The problems of an error, to raise them again; an unknown key of this level is named with the nearest known one."""
+    details = []
+    for item in error.errors(include_url=False):
+        place, message = item["loc"], item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden" and len(place) == 1:
+            details.append(_problem(f"unknown setting {suggest(place[0], known)}"))
+        else:
+            details.append(_problem(message, kind=item["type"], place=place, value=item["input"]))
+    return details
+
+
+def _problem(
+    message: str, *, kind: str = "value_error", place: tuple[int | str, ...] = (), value: Any = None
+) -> InitErrorDetails:
+    custom = PydanticCustomError(kind, message)  # type: ignore[arg-type]  # typed as literals
+    return InitErrorDetails(type=custom, loc=place, input=value)
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
@@ -50,8 +79,7 @@ def find_plugin(package: str, name: str) -> ModuleType:
     folder = importlib.import_module(package)
     known = [module.name for module in pkgutil.iter_modules(folder.__path__) if module.name != "base"]
     if name not in known:
-        kind = package.rsplit(".", 1)[-1]
-        raise ConfigError(f"there is no {name!r} in {kind}: {suggest(name, known)}")
+        raise ConfigError(f"there is no file for {suggest(name, known)}")
     return importlib.import_module(f"{package}.{name}")
 
 
@@ -63,25 +91,37 @@ def plugin_settings(package: str, value: Any) -> dict[str, Settings]:
     """Turns `{name: raw settings}` into `{name: that plugin's Config}`; a plugin set to null is left out."""
     if not isinstance(value, Mapping):
         raise ValueError(f"expected names with their settings, got {value!r}")
-    wanted = {name: raw for name, raw in value.items() if raw is not None}
+    problems: list[InitErrorDetails] = []
+    fields: dict[str, Any] = {}
+    for name in value:
+        try:
+            fields[name] = (find_plugin(package, name).Config | None, ...)
+        except ConfigError as error:
+            problems.append(_problem(str(error)))
+    built = None
     try:
-        fields: dict[str, Any] = {name: (find_plugin(package, name).Config, ...) for name in wanted}
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    # One throw-away model, so that pydantic reports the problems of all plugins at once, each with its place.
-    built = create_model("Plugins", __base__=Settings, **fields).model_validate(wanted)
-    return {name: getattr(built, name) for name in wanted}
+        # One throw-away model, so that pydantic reports the problems of all plugins at once, each with its place.
+        plugins = create_model("Plugins", __base__=Settings, **fields)
+        built = plugins.model_validate({name: value[name] for name in fields})
+    except ValidationError as error:
+        problems += _details(error)
+    if problems:
+        raise ValidationError.from_exception_data(package, problems)
+    return {name: config for name in fields if (config := getattr(built, name)) is not None}
 
 
 def _problems(error: ValidationError) -> list[str]:
     """One line for each problem: where, what, and the value that was given."""
     lines = []
+    places = [item["loc"] for item in error.errors()]
     for item in error.errors():
-        where, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
-        if item["type"] == "value_error":
-            lines.append(f"{where}: {message}" if where else message)
-        else:
-            lines.append(f"{where} = {item['input']!r}: {message}")
+        place, message = item["loc"], item["msg"].removeprefix("Value error, ")
+        if item["type"] == "too_short" and any(place == other[: len(place)] != other for other in places):
+            continue  # pydantic counts the items that are right; what is wrong with the others is said on its own
+        where, given = ".".join(map(str, place)), ""
+        if item["type"] not in ("value_error", "missing"):
+            given = f" = {textwrap.shorten(repr(item['input']), 100)}"
+        lines.append(f"{where}{given}: {message}" if where else message)
     return lines
 
 
@@ -93,18 +133,29 @@ def validate(config_class: type[S], raw: Mapping[str, Any], *, source: str) -> S
         raise ConfigError("\n  ".join([f"{source}: wrong settings", *_problems(error)])) from error
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, laid over the file that its `extends` names (relative to it)."""
+def load_yaml(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, laid over the file that its `extends` names (relative to it).
+
+    Raises:
+        ConfigError: no such file, no YAML, no mapping, or files that extend each other.
+    """
+    origin = f" (`extends` of {extended_by[-1]})" if extended_by else ""
+    if path.resolve() in (child.resolve() for child in extended_by):
+        raise ConfigError(f"{path}: extends itself{origin}")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: not readable{origin}: {error.strerror}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected settings by name, got {type(raw).__name__}")
     parent = raw.pop("extends", None)
-    return overlay(load_yaml(path.parent / parent), raw) if parent else raw
+    if parent is None:
+        return raw
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends = {parent!r}: expected the path of one YAML file")
+    return overlay(load_yaml(path.parent / parent, extended_by=(*extended_by, path)), raw)
 
 
 def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

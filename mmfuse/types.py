@@ -14,10 +14,10 @@ Features = dict[str, Tensor]
 
 
 class SampleRef(NamedTuple):
-    """The address of one sample in a mixture; `index < 0` is padding."""
+    """The address of one sample in a mixture; `number < 0` is padding."""
 
     source: int
-    index: int
+    number: int
     epoch: int
 
 

@@ -10,7 +10,7 @@ from mmfuse.randomness import hash_int
 from mmfuse.types import Sample, SampleRef
 
 SOURCE_BITS = 48
-"""A sample id is `source << SOURCE_BITS | index`."""
+"""A sample id is `source << SOURCE_BITS | number`."""
 
 
 class SampleDecoder:
@@ -21,19 +21,19 @@ class SampleDecoder:
         self.sources, self.processors, self.seed = sources, processors, seed
 
     def __call__(self, ref: SampleRef) -> Sample:
-        """One decoded sample; padding (`index < 0`) has no modality.
+        """One decoded sample; padding (`number < 0`) has no modality.
 
         Raises:
             SampleError: a member is not what its extension says; names shard, key and member.
             ShardError: the shard has changed.
         """
-        if ref.index < 0:
+        if ref.number < 0:
             return Sample(sample_id=-1, group_id=-1, key="", features={})
         source = self.sources[ref.source]
-        raw = source.read(ref.index)
+        raw = source.read(ref.number)
         features = {}
         for modality, (extension, data) in raw.members.items():
-            seed = None if self.seed is None else hash_int(self.seed, source.name, ref.epoch, ref.index, modality)
+            seed = None if self.seed is None else hash_int(self.seed, source.name, ref.epoch, ref.number, modality)
             try:
                 data = choose_caption(data, source.rules[modality], seed=seed)
                 features[modality] = self.processors[modality](data, seed=seed)
@@ -42,7 +42,7 @@ class SampleDecoder:
                     f"{raw.key}.{extension}: {error}. Run `mmfuse shards check` on its shard to find every bad member"
                 ) from error
         return Sample(
-            sample_id=ref.source << SOURCE_BITS | ref.index, group_id=raw.group_id, key=raw.key, features=features
+            sample_id=ref.source << SOURCE_BITS | ref.number, group_id=raw.group_id, key=raw.key, features=features
         )
 
 

@@ -29,7 +29,7 @@ class BatchRequest(NamedTuple):
 
 
 class PlannedDataset(Dataset[Batch | MmfuseError]):
-    """Map-style: a request gives a batch. Errors come back as values, so that the main process raises them in plain words."""
+    """A request gives a batch. Errors come back as values, so that the main process raises them in plain words."""
 
     def __init__(self, decoder: SampleDecoder) -> None:
         self.decoder = decoder
@@ -54,7 +54,7 @@ def training_requests(
 
 
 def evaluation_requests(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[BatchRequest]:
-    """Every sample exactly once and the same number of steps on all ranks; the last batch is padded with index -1."""
+    """Every sample exactly once and the same number of steps on all ranks; the last batch is padded with number -1."""
     for step, start in enumerate(range(0, num_samples, batch_size)):
         indexes = np.arange(start, start + batch_size)
         indexes[indexes >= num_samples] = -1
@@ -89,7 +89,7 @@ def load_batches(
         PlannedDataset(decoder),
         sampler=_Requests(requests),  # type: ignore[arg-type]  # typed as ints, used as opaque requests
         batch_size=None,
-        collate_fn=_unchanged,
+        collate_fn=_unchanged,  # type: ignore[arg-type]
         num_workers=num_workers,
         prefetch_factor=prefetch_batches if num_workers else None,
         pin_memory=pin_memory,

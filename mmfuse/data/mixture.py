@@ -28,7 +28,7 @@ class DataConfig(Settings):
     """What is learned from and what is evaluated on."""
 
     train: tuple[SourceConfig, ...] = Field(min_length=1)
-    validation: dict[str, SourceConfig] = {}
+    validation: dict[str, SourceConfig] = Field(default={})
     """Evaluation sets by the name that the report gives them."""
     lanes: PositiveInt | None = None
     """Virtual ranks of the data plan, fixed for a run; null: the largest divisor of the global batch up to 64."""

@@ -3,11 +3,11 @@
 No rank, world size or worker count enters the choice, and there is no state: a resumed run starts at its step.
 
 - The global batch is cut into `lanes`, fixed for a run; lane l fills positions `[l*q, (l+1)*q)` with q = batch / lanes.
-- The j-th draw of lane l from a source of N samples is draw `d = j * lanes + l` of that source: its epoch is `d // N`. So
-  every sample of every epoch is dealt exactly once, epochs end inside a global batch, and no tail is dropped.
-- In each epoch the shards are permuted and their samples strung together; lane l takes the next part of that string, as
-  long as its number of draws in this epoch, and shuffles it in windows of a few shards. Lanes decide only who reads which
-  shard. A source of few shards is shuffled as a whole first: locality would gain nothing there.
+- The j-th draw of lane l from a source of N samples is draw `d = j * lanes + l` of that source: its epoch is `d // N`.
+  So every sample of every epoch is dealt exactly once, epochs end inside a global batch, and no tail is dropped.
+- In each epoch the shards are permuted and their samples strung together; lane l takes the next part of that string,
+  as long as its number of draws in this epoch, and shuffles it in windows of a few shards. Lanes decide only who reads
+  which shard. A source of few shards is shuffled as a whole first: locality would gain nothing there.
 """
 
 from collections import OrderedDict
@@ -179,5 +179,5 @@ class DataPlan:
         """How many epochs of each source were dealt before `step`."""
         turns = [lane * PERIOD // self.lanes for lane in range(self.lanes)]
         slots = step * (self.global_batch // self.lanes)
-        dealt = sum(self.blend.drawn(turn + slots) - self.blend.drawn(turn) for turn in turns)
+        dealt = np.sum([self.blend.drawn(turn + slots) - self.blend.drawn(turn) for turn in turns], axis=0)
         return {s.name: float(n / o.total) for s, o, n in zip(self.sources, self.orders, dealt, strict=True)}

@@ -35,7 +35,7 @@ class Split(Settings):
 
     shards: tuple[str, ...] = Field(min_length=1)
     """Tar files or glob patterns, relative to the recipe's folder."""
-    samples: int | None = Field(None, ge=1)
+    samples: int | None = Field(default=None, ge=1)
     """How many samples the index must find; a difference stops the run."""
 
 

@@ -8,6 +8,7 @@ members it has. Nothing here is a Python list per sample: those are copied into 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,9 +126,9 @@ def build_index(shard: Path, destination: Path) -> ShardIndex:
     return ShardIndex(destination)
 
 
-def _group_samples(shard: Path):
+def _group_samples(shard: Path) -> Iterator[tuple[str, list[Member]]]:
     """`(key, members)` of consecutive members with one key; files without an extension are nobody's member."""
-    current: str | None = None
+    current = ""
     members: list[Member] = []
     for member in walk_tar(shard):
         key, extension = split_name(member.name)

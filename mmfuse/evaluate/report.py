@@ -47,10 +47,10 @@ def write_report(folder: Path, *, sources: Mapping[str, Source], k: int = 10) ->
     """
     report = _read_report(folder, k=k)
     summary = json.dumps(_summarize(report), indent=1, allow_nan=False)
-    page = folder / "report.html"
+    html = render_page(report, sources=sources)
     _write(folder / "report.json", summary + "\n")
-    _write(page, render_page(report, sources=sources))
-    return page
+    _write(folder / "report.html", html)
+    return folder / "report.html"
 
 
 def _read_report(folder: Path, *, k: int) -> Report:

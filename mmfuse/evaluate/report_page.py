@@ -190,8 +190,8 @@ def _examples(name: str, directions: Mapping[str, Any], cards: "_Cards") -> str:
         blocks.append(f'<div class="direction"><h3>{_arrow(direction)}</h3>{"".join(rows)}</div>')
     return (
         f"<section><h2>Sample retrievals: {escape(name)}</h2>"
-        '<p class="note">Left the query with the rank of its right answer, then the five best answers; '
-        '<i class="key right"></i> right. Small print under a sound is its caption.</p>'
+        '<p class="note">Each query with the rank of its right answer, then the five best answers: '
+        '<i class="key right"></i> right. The small print under a sound is its caption.</p>'
         f'<div class="directions">{"".join(blocks)}</div></section>'
     )
 

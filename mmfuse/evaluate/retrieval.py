@@ -28,7 +28,7 @@ class EvaluationConfig(Settings):
 
     batch_size: PositiveInt = 64
     """Samples of one evaluation batch, over all ranks."""
-    recall_at: tuple[PositiveInt, ...] = Field((1, 5, 10), min_length=1)
+    recall_at: tuple[PositiveInt, ...] = Field(default=(1, 5, 10), min_length=1)
     num_examples: NonNegativeInt = 4
     """Queries of each direction that the report shows."""
 
@@ -67,8 +67,8 @@ def embed_set(
 def evaluate_retrieval(embedded: EmbeddedSet, config: EvaluationConfig) -> dict[str, Any]:
     """Scores of every direction that has queries, by `image->text` and so on.
 
-    A query's gallery is every sample that has the other modality; the query's own group are the right answers. Chance is
-    what a random order gives.
+    A query's gallery is every sample that has the other modality; the query's own group are the right answers. Chance
+    is what a random order gives.
     """
     directions: dict[str, Any] = {}
     for source, target in permutations(embedded.embeddings, 2):

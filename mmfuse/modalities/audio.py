@@ -26,11 +26,11 @@ AST_TWICE_STD = 2 * 4.5689974
 class AugmentConfig(Settings):
     """Training-time transform, seeded by sample."""
 
-    speed: float = Field(0.1, ge=0, lt=0.5)
+    speed: float = Field(default=0.1, ge=0, lt=0.5)
     """Largest relative change of speed (and with it of pitch), in steps of 0.05; 0 turns it off."""
-    frequency_mask: float = Field(0.2, ge=0, lt=1)
+    frequency_mask: float = Field(default=0.2, ge=0, lt=1)
     """SpecAugment (Park et al. 2019): widest masked band as a fraction of the mel bins."""
-    time_mask: float = Field(0.1, ge=0, lt=1)
+    time_mask: float = Field(default=0.1, ge=0, lt=1)
     """SpecAugment: longest masked stretch as a fraction of the clip's real frames."""
 
 
@@ -177,7 +177,7 @@ def _build_ast(config: Config) -> ASTModel:
             num_mel_bins=config.num_mel_bins,
         )
     )
-    # transformers leaves these at 0, where the first norm's gradient is 10^6 times too large; the authors' code does this.
+    # transformers leaves these at 0, where the first norm makes gradients 10^6 times too large; the authors do this.
     embeddings = ast.embeddings
     for parameter in (embeddings.cls_token, embeddings.distillation_token, embeddings.position_embeddings):
         torch.nn.init.trunc_normal_(parameter, std=0.02)
@@ -186,7 +186,7 @@ def _build_ast(config: Config) -> ASTModel:
 
 def _random_speed(largest: float, generator: torch.Generator) -> float:
     """A relative change in steps of 0.05: few ratios, so that torchaudio's resampling kernels stay small."""
-    steps = int(round(largest / 0.05))
+    steps = round(largest / 0.05)
     return 0.05 * (int(torch.randint(2 * steps + 1, (), generator=generator)) - steps)
 
 

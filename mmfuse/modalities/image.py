@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -23,11 +23,11 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 class AugmentConfig(Settings):
     """Training-time transform, seeded by sample."""
 
-    min_scale: float = Field(0.5, gt=0, le=1)
+    min_scale: float = Field(default=0.5, gt=0, le=1)
     """Smallest share of the picture that a random resized crop keeps; 1 turns cropping off."""
     flip: bool = True
     """Mirror half of the pictures."""
-    color_jitter: float = Field(0.2, ge=0, le=1)
+    color_jitter: float = Field(default=0.2, ge=0, le=1)
     """Strength of random brightness, contrast and saturation; 0 turns it off."""
 
 
@@ -103,9 +103,13 @@ class ImageEncoder(Encoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        sizes = {"embed_dim": config.hidden_size, "depth": config.num_layers, "num_heads": config.num_heads}
+        sizes: dict[str, Any] = {
+            "embed_dim": config.hidden_size,
+            "depth": config.num_layers,
+            "num_heads": config.num_heads,
+        }
         local = {"file": config.pretrained} if isinstance(config.pretrained, str) else None
-        self.vit = timm.create_model(
+        vit: Any = timm.create_model(
             config.architecture,
             pretrained=config.pretrained is not None,
             pretrained_cfg_overlay=local,
@@ -114,13 +118,14 @@ class ImageEncoder(Encoder):
             global_pool="",  # every token instead of a pooled vector
             **{name: size for name, size in sizes.items() if size is not None},
         )
-        self.width = self.vit.num_features
+        self.vit: nn.Module = vit
+        self.width = int(vit.num_features)
         self.image_size = config.image_size
         self.pooling = config.pooling
-        self.num_prefix_tokens = self.vit.num_prefix_tokens
+        self.num_prefix_tokens = int(vit.num_prefix_tokens)
         # The model's own statistics: augreg ViTs expect 0.5, not ImageNet's.
         for name in ("mean", "std"):
-            statistics = torch.tensor(self.vit.pretrained_cfg[name]).view(1, 3, 1, 1) * 255
+            statistics = torch.tensor(vit.pretrained_cfg[name]).view(1, 3, 1, 1) * 255
             self.register_buffer(name, statistics, persistent=False)
 
     def forward(self, inputs: Features) -> EncoderOutput:

@@ -1,11 +1,12 @@
 """Text: UTF-8 -> WordPiece ids -> a BERT-style encoder from transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
@@ -38,8 +39,8 @@ class Config(ModalityConfig):
     def build_encoder(self) -> "TextEncoder":
         return TextEncoder(self)
 
-    def build_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer alone; masked language modelling needs its special ids."""
+    def build_tokenizer(self) -> Any:
+        """The transformers tokenizer alone; masked language modelling needs its special ids."""
         shipped = VOCABULARIES / f"{self.tokenizer}.txt"
         if shipped.is_file():
             tokens = shipped.read_text(encoding="utf-8").splitlines()

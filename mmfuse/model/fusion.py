@@ -1,7 +1,7 @@
 """Fusion by cross-attention over packed tokens; any subset of modalities in each sample.
 
-Plain `nn.Linear` and SDPA only: torch's own `nn.MultiheadAttention` takes a fast path in evaluation that silently ignores
-adapters such as LoRA.
+Plain `nn.Linear` and SDPA only: torch's own `nn.MultiheadAttention` takes a fast path in evaluation that silently
+ignores adapters such as LoRA.
 
 Shape legend: N packed tokens, D width, H heads, d head width, B samples, g samples of a group, q/k its queries/keys.
 """

@@ -48,8 +48,9 @@ class FusionModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.modalities = tuple(config.modalities)
-        self.encoders = nn.ModuleDict({name: c.build_encoder() for name, c in config.modality_configs.items()})
-        widths = {name: encoder.width for name, encoder in self.encoders.items()}
+        encoders = {name: modality.build_encoder() for name, modality in config.modality_configs.items()}
+        widths = {name: encoder.width for name, encoder in encoders.items()}
+        self.encoders = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict({name: nn.Linear(widths[name], config.width) for name in self.modalities})
         self.heads = nn.ModuleDict(
             {name: nn.Linear(widths[name], config.embedding_dim, bias=False) for name in self.modalities}

@@ -1,4 +1,4 @@
-"""Pair contrastive: InfoNCE between every two modalities (CLIP, Radford et al. 2021, arXiv 2103.00020), exact over ranks.
+"""Pair contrastive: InfoNCE of every two modalities (CLIP, Radford et al. 2021, arXiv 2103.00020), exact over ranks.
 
 Queries of a pair are the samples that have both of its modalities. Candidates are all samples of the global batch that
 have the other modality, those without the query's own included: they are extra negatives. Samples of the same group are
@@ -30,7 +30,7 @@ class Config(ObjectiveConfig):
 
     uses_fusion: ClassVar[bool] = False
     pairs: dict[str, NonNegativeFloat] | None = None
-    """Weight by pair, such as `{text-image: 1, text-audio: 0.5}`; null: every pair, equally. Terms are a weighted mean."""
+    """Weight by pair, such as `{text-image: 1, text-audio: 0.5}`; null: every pair, equally. The loss is their mean."""
 
     def build(self, model: ModelConfig, *, seed: int) -> "Contrastive":
         every = {frozenset(pair): pair for pair in combinations(model.modalities, 2)}

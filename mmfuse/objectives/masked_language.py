@@ -23,7 +23,7 @@ _REPLACED_BY_MASK, _REPLACED_BY_RANDOM = 0.8, 0.1
 class Config(ObjectiveConfig):
     """Masked language modelling."""
 
-    mask_ratio: float = Field(0.15, gt=0, lt=1)
+    mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that are predicted; special tokens never are."""
 
     def build(self, model: ModelConfig, *, seed: int) -> "MaskedLanguage":
@@ -65,7 +65,7 @@ class MaskedLanguage(Objective):
         return {"masked_language": total * world_size() / count.clamp(min=1) + zero}
 
     def _mask(self, part: ModalityBatch, sample_id: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Ids with 15% of the tokens chosen (80% to [MASK], 10% to a random id, 10% kept), and targets, -1 elsewhere."""
+        """Ids with the chosen tokens changed (80% to [MASK], 10% to a random id, 10% kept), and targets, -1 elsewhere."""
         ids = part.inputs["input_ids"]
         position = torch.arange(ids.shape[1], device=ids.device)
         choice, change, word = (keyed_uniform(self.seed + i, step, sample_id[:, None], position) for i in range(3))

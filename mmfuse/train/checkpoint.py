@@ -1,5 +1,5 @@
-"""Portable checkpoints: whole fp32 weights and Adam moments by parameter name, so that any engine on any number of ranks
-continues from any other's. Complete or not there: a manifest is written last, then the folder gets its name."""
+"""Portable checkpoints: whole fp32 weights and Adam moments by parameter name, so that any engine on any number of
+ranks continues from any other's. Complete or not there: a manifest is written last, then the folder gets its name."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Evaluates a task on a run's validation sets, in training and from a checkpoint, and keeps the results in its folder."""
+"""Evaluates a task on a run's validation sets, in training and from a checkpoint, and keeps the results."""
 
 import json
 import logging
@@ -71,7 +71,9 @@ class Evaluator:
 def evaluate_checkpoint(
     checkpoint: Path, *, output: Path | None, overrides: list[str], device: torch.device
 ) -> Results:
-    """Scores a checkpoint beside a randomly initialised model and writes the report, by default into `CHECKPOINT.evaluation`.
+    """Scores a checkpoint beside a randomly initialised model and writes the report.
+
+    It goes to `output`, by default the folder `CHECKPOINT.evaluation`.
 
     Raises:
         CheckpointError: incomplete, damaged, or of another model.

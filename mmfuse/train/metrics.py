@@ -1,4 +1,4 @@
-"""Numbers over time: one line every few steps to the log, `metrics.jsonl` and TensorBoard, without a sync inside a step."""
+"""Numbers over time, to the log, `metrics.jsonl` and TensorBoard, without a sync inside a step."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ class MetricsWriter:
         self._since = time.perf_counter()
         if rank() == 0:
             drop_lines_after(self.path, start)
-            self._file = open(self.path, "a", buffering=1)
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=stop, initial=start, unit="step", disable=rank() != 0, dynamic_ncols=True, leave=False)
 

@@ -17,7 +17,7 @@ class OptimizerConfig(Settings):
     encoder_learning_rate: PositiveFloat = 1e-4
     """Peak, of the encoders."""
     warmup_steps: NonNegativeInt = 100
-    final_fraction: float = Field(0.01, ge=0, le=1)
+    final_fraction: float = Field(default=0.01, ge=0, le=1)
     """Where the cosine ends, relative to the peak."""
     weight_decay: NonNegativeFloat = 0.1
     """Of matrices; norms, biases, embeddings and scales have none."""

@@ -102,8 +102,8 @@ class RunConfig(Settings):
         coupled = [name for name in ("contrastive", "leave_one_out", "matching") if name in self.objectives]
         if self.train.accumulation > 1 and coupled:
             problems.append(
-                f"train.accumulation = {self.train.accumulation} with objectives.{coupled[0]}: negatives would come from "
-                "one micro-batch only, which is another objective; set it to 1"
+                f"train.accumulation = {self.train.accumulation} with objectives.{coupled[0]}: negatives would come "
+                "from one micro-batch only, which is another objective; set it to 1"
             )
         if self.train.global_batch % self.train.accumulation:
             problems.append(
@@ -131,8 +131,8 @@ class RunConfig(Settings):
         rows = self.train.global_batch // self.train.accumulation
         if world_size > rows:
             raise ConfigError(
-                f"{world_size} ranks, but a micro-batch has only {rows} rows (train.global_batch / train.accumulation): "
-                "start fewer processes or raise train.global_batch"
+                f"{world_size} ranks, but a micro-batch has only {rows} rows "
+                "(train.global_batch / train.accumulation): start fewer processes or raise train.global_batch"
             )
 
 
@@ -142,8 +142,9 @@ def load_run(name: str, *, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such run, or wrong settings; all problems at once.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED_RUNS / f"{name}.yaml"
-    if not path.is_file():
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else SHIPPED_RUNS / f"{name}.yaml"
+    if not is_path and not path.is_file():
         known = [run.stem for run in SHIPPED_RUNS.glob("*.yaml")]
         raise ConfigError(f"no run {suggest(name, known)} (a path must end in .yaml)")
     return validate(RunConfig, apply_overrides(load_yaml(path), overrides), source=str(path))

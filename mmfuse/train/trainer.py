@@ -170,7 +170,7 @@ class _SampleRecord:
         path = folder / f"samples.rank{rank}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         drop_lines_after(path, start)
-        self._file = open(path, "a", buffering=1)  # closed with the process; each line is complete
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
 
     def add(self, batch: Batch) -> None:
         self._file.write(json.dumps({"step": batch.step + 1, "keys": batch.keys}) + "\n")
@@ -239,8 +239,8 @@ def _save(run: RunConfig, engine: Engine, plan: DataPlan, *, step: int) -> None:
 def _check_finite(numbers: dict[str, float], step: int) -> None:
     if not math.isfinite(numbers["loss"]):
         raise TrainingError(
-            f"the loss is {numbers['loss']} at step {step}; the newest checkpoint is from before. Lower the learning rate, "
-            "raise optimizer.warmup_steps, or use precision fp32"
+            f"the loss is {numbers['loss']} at step {step}; the newest checkpoint is from before. Lower the learning "
+            "rate, raise optimizer.warmup_steps, or use precision fp32"
         )
 
 

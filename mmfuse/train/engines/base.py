@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from mmfuse.errors import LaunchError
+from mmfuse.types import Batch, StepOutput
 
 Precision = Literal["fp32", "bf16"]
 
@@ -39,7 +40,7 @@ class Engine(ABC):
         """Distributes the task. Its weights must be loaded before: low-precision copies are made here."""
 
     @abstractmethod
-    def forward(self, batch: object):
+    def forward(self, batch: Batch) -> StepOutput:
         """The wrapped task's output."""
 
     @abstractmethod
@@ -99,8 +100,8 @@ def _check_launch(accelerator: Accelerator) -> None:
     asked = int(os.environ.get("MMFUSE_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
     if accelerator.num_processes != asked:
         raise LaunchError(
-            f"asked for {asked} processes, but Accelerate started {accelerator.num_processes}. On CPU, `accelerate launch "
-            "--cpu` runs one process whatever --num_processes says; start with launch/train.sh, or set "
+            f"asked for {asked} processes, but Accelerate started {accelerator.num_processes}. On CPU, "
+            "`accelerate launch --cpu` runs one process whatever --num_processes says; start with launch/train.sh, or set "
             "ACCELERATE_USE_CPU=true and pass --multi_gpu"
         )
     kind = accelerator.distributed_type

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfuse.train.engines.base import Engine, PortableState
+from mmfuse.types import Batch, StepOutput
 
 
 class DdpEngine(Engine):
@@ -20,7 +21,7 @@ class DdpEngine(Engine):
         self.optimizer = optimizer
         self.wrapped, self._prepared_optimizer = self.accelerator.prepare(task, optimizer)
 
-    def forward(self, batch: object):
+    def forward(self, batch: Batch) -> StepOutput:
         return self.wrapped(batch)
 
     def accumulate(self) -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from mmfuse.train.engines.base import Engine, PortableState
+from mmfuse.types import Batch, StepOutput
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,7 +27,9 @@ class DeepSpeedEngine(Engine):
     def __init__(self, accelerator: Accelerator, *, accumulation: int) -> None:
         super().__init__(accelerator)
         self.accumulation = accumulation
-        self.config: dict = accelerator.state.deepspeed_plugin.deepspeed_config
+        plugin = accelerator.state.deepspeed_plugin
+        assert plugin is not None
+        self.config: dict = plugin.deepspeed_config
         self.stage = int(self.config["zero_optimization"]["stage"])
         self.name = f"zero{self.stage}"
 
@@ -44,7 +47,7 @@ class DeepSpeedEngine(Engine):
         self.config.pop("train_batch_size", None)
         self.engine, self.optimizer = self.accelerator.prepare(task, optimizer)
 
-    def forward(self, batch: object):
+    def forward(self, batch: Batch) -> StepOutput:
         return self.engine(batch)
 
     def accumulate(self) -> AbstractContextManager[None]:
