@@ -134,35 +134,44 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from mmfuse.train.evaluation import evaluate_checkpoint
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    evaluate_checkpoint(options.checkpoint, output=options.out, overrides=options.overrides, device=device)
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(options.device or ("cuda" if cuda else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device {options.device}: no such device; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not cuda:
+        raise ConfigError(f"--device {options.device}: torch sees no CUDA device here")
+    checkpoint = options.checkpoint.absolute()  # `.` has no name beside which a report could stand
+    evaluate_checkpoint(checkpoint, output=options.out, overrides=options.overrides, device=device)
     return 0
 
 
 def _shards_index(options: argparse.Namespace) -> int:
-    bad, samples, indexed = _index(options.paths, force=options.force)
-    print(f"{indexed} shards with {samples:,} samples are indexed" + (f"; {len(bad)} are damaged" if bad else ""))
-    return ShardError.exit_code if bad else 0
+    damaged, samples, indexed = _index(options.paths, force=options.force)
+    print(
+        f"{indexed} shards with {samples:,} samples are indexed" + (f"; {len(damaged)} are damaged" if damaged else "")
+    )
+    return ShardError.exit_code if damaged else 0
 
 
-def _index(paths: list[str], *, force: bool) -> tuple[list[str], int, int]:
-    """Indexes with a progress bar and prints what is bad: messages, samples, shards."""
+def _index(paths: list[str], *, force: bool) -> tuple[dict[Path, str], int, int]:
+    """Indexes with a progress bar and prints what is bad: a message by damaged shard, samples, good shards."""
     from tqdm import tqdm
 
     from mmfuse.data.checks import index_shards
     from mmfuse.data.recipe import find_shards
 
-    bad, samples, indexed = [], 0, 0
+    damaged, samples, indexed = {}, 0, 0
     shards = find_shards(tuple(paths))
-    for _, outcome in tqdm(
+    for shard, outcome in tqdm(
         index_shards(shards, force=force), total=len(shards), desc="indexing", unit="shard", leave=False
     ):
         if isinstance(outcome, ShardError):
-            bad.append(str(outcome))
+            damaged[shard] = str(outcome)
             tqdm.write(f"mmfuse: error: {outcome}", file=sys.stderr)
         else:
             indexed, samples = indexed + 1, samples + len(outcome)
-    return bad, samples, indexed
+    return damaged, samples, indexed
 
 
 def _shards_check(options: argparse.Namespace) -> int:
@@ -172,16 +181,16 @@ def _shards_check(options: argparse.Namespace) -> int:
     from mmfuse.data.recipe import find_shards
     from mmfuse.modalities import audio, image, text
 
-    bad, samples, _ = _index(options.paths, force=True)
+    damaged, samples, _ = _index(options.paths, force=True)
     readers = {
         module.__name__: (module.EXTENSIONS, module.Config().build_processor()) for module in (text, image, audio)
     }
-    broken = len(bad)
-    for shard in tqdm(find_shards(tuple(options.paths)), desc="checking", unit="shard", leave=False):
-        if not any(str(shard) in message for message in bad[:broken]):
-            for message in check_members(shard, readers):
-                bad.append(message)
-                tqdm.write(f"mmfuse: bad: {message}", file=sys.stderr)
+    bad = list(damaged.values())
+    whole = [shard for shard in find_shards(tuple(options.paths)) if shard not in damaged]
+    for shard in tqdm(whole, desc="checking", unit="shard", leave=False):
+        for message in check_members(shard, readers):
+            bad.append(message)
+            tqdm.write(f"mmfuse: bad: {message}", file=sys.stderr)
     if options.json:
         print(json.dumps({"samples": samples, "bad": bad}, indent=1))
     else:

@@ -45,7 +45,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def _details(error: ValidationError, known: Iterable[str] = ()) -> list[InitErrorDetails]:
-    """The problems of an error, to raise them again; an unknown key of this level is named with the nearest known one."""
+    """The problems of an error, to raise them again; an unknown key of this level comes with the nearest known one."""
     details = []
     for item in error.errors(include_url=False):
         place, message = item["loc"], item["msg"].removeprefix("Value error, ")

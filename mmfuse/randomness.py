@@ -39,13 +39,14 @@ def mix(x: Tensor) -> Tensor:
 def keyed_uniform(*keys: Tensor | int) -> Tensor:
     """Uniform numbers in (0, 1), one for each combination of broadcast int64 `keys`, in fp32.
 
-    Multiples of 2^-24 offset by half of one, so 0 and 1 never come and a logarithm is finite.
+    Multiples of 2^-23 offset by half of one, so 0 and 1 never come and a logarithm is finite. One bit more, and fp32
+    would round the largest to 1.
     """
     device = next((key.device for key in keys if isinstance(key, Tensor)), None)
     state = torch.zeros((), dtype=torch.int64, device=device)
     for key in keys:
         state = mix(state ^ key)
-    return (_shift_right(state, 40).to(torch.float32) + 0.5) * 2.0**-24
+    return (_shift_right(state, 41).to(torch.float32) + 0.5) * 2.0**-23
 
 
 @contextmanager

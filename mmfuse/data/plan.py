@@ -128,8 +128,11 @@ class DataPlan:
         """Plans without reading any data.
 
         Raises:
-            ConfigError: lanes do not divide the global batch, or a weight is out of reach.
+            ConfigError: lanes do not divide the global batch, two sources have one name, or a weight is out of reach.
         """
+        names = [source.name for source in sources]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two sources of data.train have one name in {', '.join(names)}: rename a recipe")
         self.global_batch, self.seed = global_batch, seed
         self.lanes = lanes or max(
             n for n in range(1, min(MAX_DEFAULT_LANES, global_batch) + 1) if global_batch % n == 0
@@ -150,9 +153,7 @@ class DataPlan:
             "global_batch": self.global_batch,
             "lanes": self.lanes,
             "window_shards": self.window_shards,
-            "sources": {
-                source.name: {"weight": source.weight, "index_hash": source.index_hash} for source in self.sources
-            },
+            "sources": [{"name": s.name, "weight": s.weight, "index_hash": s.index_hash} for s in self.sources],
         }
 
     def rows(self, step: int, start: int, stop: int) -> np.ndarray:

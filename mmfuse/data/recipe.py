@@ -47,8 +47,8 @@ class Recipe(Settings):
     licence: str = ""
     attribution: str | None = None
     """File with the credits that the licence asks for, relative to the recipe."""
-    members: dict[str, MemberRule]
-    """By modality."""
+    members: dict[str, MemberRule] | None = None
+    """By modality; null: by the extensions that each modality's file names, as img2dataset and CLAP-style tars have."""
     group_pattern: Annotated[str, AfterValidator(_compilable)] | None = None
     """What this finds in the key names the sample's group; samples of one group are never each other's negatives."""
     splits: dict[str, Split] = Field(min_length=1)
@@ -81,7 +81,10 @@ def find_shards(patterns: tuple[str, ...], *, folder: Path = Path()) -> list[Pat
     found: set[Path] = set()
     for pattern in patterns:
         place = folder / pattern
-        matches = sorted(place.glob("*.tar")) if place.is_dir() else [Path(match) for match in glob.glob(str(place))]
+        if place.is_dir():
+            matches = list(place.glob("*.tar"))
+        else:
+            matches = [place] if place.is_file() else [folder / m for m in glob.glob(pattern, root_dir=folder)]
         if not matches:
             what = "has no .tar files" if place.is_dir() else "matches no file"
             raise DataError(f"{place}: {what}; check the path, or build the data set first (data_shards/README.md)")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmfuse.data.tar import Member, walk_tar
-from mmfuse.errors import ShardError
+from mmfuse.errors import DataError, ShardError
 
 SUFFIX = ".mmindex"
 _MAGIC = b"MMINDEX1"
@@ -28,6 +28,7 @@ _ARRAYS = (
     ("key_end", np.uint64),
     ("keys", np.uint8),
 )
+_MAX_SIGNATURES = 1 << 16
 FORBIDDEN = frozenset({"pkl", "pickle", "pyd", "pth", "pt"})
 """Extensions that other loaders unpickle, that is: execute."""
 
@@ -53,16 +54,23 @@ class ShardIndex:
         try:
             with open(path, "rb") as file:
                 magic, length = file.read(len(_MAGIC)), int.from_bytes(file.read(8), "little")
-                if magic != _MAGIC:
-                    raise ValueError("wrong magic")
+                if magic != _MAGIC or length > path.stat().st_size:
+                    raise ValueError("wrong magic or length")
                 self.header: dict[str, Any] = json.loads(file.read(length))
-            self._data = np.memmap(path, mode="r")
+            data = np.memmap(path, mode="r")
             for name, dtype in _ARRAYS:
                 start, count = self.header["arrays"][name]
-                setattr(self, name, self._data[start : start + count * np.dtype(dtype).itemsize].view(dtype))
-        except (OSError, ValueError, KeyError) as error:
+                array = data[start : start + count * np.dtype(dtype).itemsize].view(dtype)
+                if len(array) != count:
+                    raise ValueError(f"{name} is cut off")
+                setattr(self, name, array)
+            self.signatures = [tuple(signature) for signature in self.header["signatures"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardError(f"{path}: not a readable index ({error}); delete it and index the shard again") from error
-        self.signatures = [tuple(signature) for signature in self.header["signatures"]]
+
+    def __reduce__(self):
+        """Mapped anew in a spawned worker, not copied to it."""
+        return ShardIndex, (self.path,)
 
     signature: np.ndarray
     first_member: np.ndarray
@@ -95,11 +103,24 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def build_index(shard: Path, destination: Path) -> ShardIndex:
-    """Walks `shard`, checks it, and writes its sidecar to `destination` (complete or not at all).
+    """Walks `shard`, checks it, and writes its sidecar to `destination`; a damaged shard keeps none, also no older one.
 
     Raises:
         ShardError: the tar is damaged, a key returns after other keys, a member comes twice, or a member is a pickle.
+        DataError: the shard cannot be read, or the sidecar not be written.
     """
+    try:
+        _write(destination, *_read_columns(shard), shard=shard)
+        return ShardIndex(destination)
+    except OSError as error:
+        raise DataError(f"{shard}: cannot be indexed: {error}") from error
+    except ShardError:
+        destination.unlink(missing_ok=True)  # it would let training read a shard that is known to be damaged
+        raise
+
+
+def _read_columns(shard: Path) -> tuple[dict[str, np.ndarray], list[tuple[str, ...]]]:
+    """The index's arrays by name, and the signatures."""
     signatures: dict[tuple[str, ...], int] = {}
     columns: dict[str, list[int]] = {name: [] for name, _ in _ARRAYS}
     keys = bytearray()
@@ -119,11 +140,15 @@ def build_index(shard: Path, destination: Path) -> ShardIndex:
         keys += key.encode("utf-8", "surrogateescape")
         columns["key_end"].append(len(keys))
     if not seen:
-        raise ShardError(f"{shard}: holds no samples")
+        raise ShardError(f"{shard}: holds no samples, that is: no member named KEY.EXTENSION")
+    if len(signatures) > _MAX_SIGNATURES:
+        raise ShardError(
+            f"{shard}: {len(signatures):,} different sets of extensions, such as .{next(iter(signatures))[0]}; "
+            "a key ends at its first dot, so build this shard again without dots in keys"
+        )
     arrays = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in _ARRAYS if name != "keys"}
     arrays["keys"] = np.frombuffer(bytes(keys), np.uint8)
-    _write(destination, arrays, shard=shard, signatures=list(signatures))
-    return ShardIndex(destination)
+    return arrays, list(signatures)
 
 
 def _group_samples(shard: Path) -> Iterator[tuple[str, list[Member]]]:
@@ -155,7 +180,7 @@ def _check_members(shard: Path, key: str, extensions: tuple[str, ...]) -> None:
         raise ShardError(f"{shard}: sample {key!r} has more than one member .{twice[0]}; build this shard again")
 
 
-def _write(destination: Path, arrays: dict[str, np.ndarray], *, shard: Path, signatures: list[tuple[str, ...]]) -> None:
+def _write(destination: Path, arrays: dict[str, np.ndarray], signatures: list[tuple[str, ...]], *, shard: Path) -> None:
     digest = hashlib.blake2b(digest_size=16)
     for name, _ in _ARRAYS:
         digest.update(arrays[name].tobytes())
@@ -177,14 +202,17 @@ def _write(destination: Path, arrays: dict[str, np.ndarray], *, shard: Path, sig
     text = json.dumps(header).encode()
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_name(f"{destination.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-        assert file.tell() <= data_start
-        for name, _ in _ARRAYS:
-            file.seek(header["arrays"][name][0])
-            file.write(arrays[name].tobytes())
-        file.truncate(position)
-    temporary.replace(destination)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
+            assert file.tell() <= data_start
+            for name, _ in _ARRAYS:
+                file.seek(header["arrays"][name][0])
+                file.write(arrays[name].tobytes())
+            file.truncate(position)
+        temporary.replace(destination)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _aligned(position: int) -> int:

@@ -5,10 +5,11 @@ import re
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmfuse.config import find_plugin
 from mmfuse.data.recipe import MemberRule, Recipe, find_shards
 from mmfuse.data.shard_index import SUFFIX, SampleMembers, ShardIndex
 from mmfuse.errors import ConfigError, DataError, ShardError
@@ -41,7 +42,7 @@ class Source:
         if split not in recipe.splits:
             raise ConfigError(f"recipe {recipe.name!r} has no split {split!r}; it has {', '.join(recipe.splits)}")
         self.name = f"{recipe.name}/{split}"
-        self.rules: dict[str, MemberRule] = {m: recipe.members[m] for m in modalities if m in recipe.members}
+        self.rules = _member_rules(recipe, modalities)
         if not self.rules:
             raise ConfigError(f"recipe {recipe.name!r} has none of the run's modalities {', '.join(modalities)}")
         self.group_pattern = re.compile(recipe.group_pattern) if recipe.group_pattern else None
@@ -49,10 +50,23 @@ class Source:
         self.indexes = [open_index(shard) for shard in self.shards]
         self.counts = np.array([len(index) for index in self.indexes], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
+        if not len(self):
+            raise DataError(f"{self.name}: its {len(self.shards)} shards hold no samples at all")
         self._files: OrderedDict[int, int] = OrderedDict()
         expected = recipe.splits[split].samples
         if expected is not None and expected != len(self):
             raise DataError(f"{self.name}: recipe {recipe.name!r} says {expected} samples, its shards hold {len(self)}")
+        if set(self.count_by_modalities()) == {()}:
+            wanted = ", ".join(f"{modality}: {' '.join(rule.extensions)}" for modality, rule in self.rules.items())
+            found = " ".join(f".{extension}" for extension in self.indexes[0].signatures[0][:4])
+            raise DataError(
+                f"{self.name}: no sample has a member that recipe {recipe.name!r} reads ({wanted}); "
+                f"{self.shards[0]} has {found} (an extension begins at the first dot of a name)"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files: their numbers mean others in a spawned worker."""
+        return {**self.__dict__, "_files": OrderedDict()}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -98,12 +112,22 @@ class Source:
         if shard not in self._files:
             if len(self._files) >= _MAX_OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+            try:
+                self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+            except OSError as error:
+                raise DataError(f"{self.shards[shard]}: cannot be read any more: {error.strerror}") from error
         self._files.move_to_end(shard)
         data = os.pread(self._files[shard], size, offset)
         if len(data) != size:
             raise ShardError(f"{self.shards[shard]}: ends before byte {offset + size}; it has changed, index it again")
         return data
+
+
+def _member_rules(recipe: Recipe, modalities: tuple[str, ...]) -> dict[str, MemberRule]:
+    """The recipe's rules for the run's modalities, or those that their files name."""
+    if recipe.members is None:
+        return {m: MemberRule(extensions=find_plugin("mmfuse.modalities", m).EXTENSIONS) for m in modalities}
+    return {m: recipe.members[m] for m in modalities if m in recipe.members}
 
 
 def open_index(shard: Path) -> ShardIndex:

@@ -15,6 +15,10 @@ BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
 _MAX_EXTENSION_BYTES = 1 << 20
 """PAX and GNU records above this are an attack, not a name."""
+_REGULAR = (b"0", b"\0", b"7")
+_RECORDS = (b"x", b"g", b"L", b"K", b"V")
+"""PAX headers of one member and of all, GNU long names and link names, volume labels: about members, not members."""
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
 class Member(NamedTuple):
@@ -27,52 +31,87 @@ class Member(NamedTuple):
 
 
 def walk_tar(path: Path) -> Iterator[Member]:
-    """The regular members of an uncompressed tar, in order.
+    """The regular members of an uncompressed tar, in order; directories are passed over.
 
     Raises:
-        ShardError: a header is damaged, a member is cut off, the end-of-archive blocks are missing, something follows
-            them, or the file is compressed; the message names the byte.
+        ShardError: a header is damaged, a member is cut off or a link, the end-of-archive blocks are missing, something
+            follows them, or the file is compressed; the message names the byte.
     """
     with open(path, "rb", buffering=0) as file:
         descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-        position, extended_name, extended_size = 0, None, None
+        position, records = 0, _Records()
         while True:
             header = os.pread(descriptor, BLOCK, position)
             if header == _ZERO_BLOCK:
                 _check_end(path, descriptor, position, end)
                 return
             kind, size = _check_header(path, header, position, end)
-            payload = os.pread(descriptor, size, position + BLOCK) if kind in b"xLg" else b""
-            if kind == b"x":
-                records = _parse_pax(path, payload, position)
-                extended_name = records.get("path", extended_name)
-                extended_size = int(records["size"]) if "size" in records else extended_size
-            elif kind == b"L":
-                extended_name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            if kind in _RECORDS:
+                _check_fits(path, position, size, end)
+                payload = os.pread(descriptor, size, position + BLOCK)
+                records = _read_records(path, kind, payload, position, before=records)
             else:
-                size = size if extended_size is None else extended_size
-                if kind in b"0\0":
-                    _check_fits(path, position, size, end)
-                    yield Member(extended_name or _name(header), position + BLOCK, size)
-                extended_name = extended_size = None
+                name = records.name or _name(header)
+                size = _payload_bytes(path, name, kind, position, size if records.size is None else records.size)
+                _check_fits(path, position, size, end)
+                if kind in _REGULAR:
+                    yield Member(name, position + BLOCK, size)
+                records = _Records()
             position += BLOCK + -(-size // BLOCK) * BLOCK
+
+
+class _Records(NamedTuple):
+    """What extended headers say of the next member."""
+
+    name: str | None = None
+    size: int | None = None
+
+
+def _read_records(path: Path, kind: bytes, payload: bytes, position: int, *, before: _Records) -> _Records:
+    if kind == b"L":
+        return before._replace(name=payload.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"))
+    if kind != b"x":
+        return before
+    try:
+        fields = _parse_pax(payload)
+        size = int(fields["size"]) if "size" in fields else before.size
+    except (ValueError, IndexError) as error:
+        raise ShardError(f"{path}: damaged extended header at byte {position}; copy or build it again") from error
+    if (size or 0) < 0 or any(field.startswith("GNU.sparse.") for field in fields):
+        raise ShardError(f"{path}: the member at byte {position} is sparse or of no credible size; build it again")
+    return _Records(fields.get("path", before.name), size)
+
+
+def _payload_bytes(path: Path, name: str, kind: bytes, position: int, size: int) -> int:
+    """`size`, or 0 for a directory; what is neither file nor directory would be a member lost in silence."""
+    if kind in _REGULAR:
+        return size
+    if kind != b"5":
+        raise ShardError(
+            f"{path}: {name!r} at byte {position} is a link or a special file (type {kind.decode('latin-1')!r}), whose "
+            "bytes are not there; build this shard again from plain files (tar --dereference --hard-dereference)"
+        )
+    return 0
 
 
 def _check_header(path: Path, header: bytes, position: int, end: int) -> tuple[bytes, int]:
     """Type flag and payload size of a header whose checksum is right."""
-    if len(header) < BLOCK:
-        raise ShardError(f"{path}: cut off at byte {end}: no end-of-archive blocks; copy or build this shard again")
-    if position == 0 and header[:2] == b"\x1f\x8b":
-        raise ShardError(f"{path}: is compressed with gzip; samples cannot be read in place, so unpack it with gunzip")
     try:
         stored = int(header[148:156].split(b"\0", 1)[0].strip() or b"0", 8)
         size = _number(header[124:136])
-    except ValueError:
+    except (ValueError, IndexError):
         stored, size = -1, 0
     if stored != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
+        packer = next((name for magic, name in _COMPRESSED.items() if header.startswith(magic)), None)
+        if position == 0 and packer:
+            raise ShardError(
+                f"{path}: is compressed with {packer}; samples cannot be read in place, so unpack it first"
+            )
+        if len(header) < BLOCK:
+            raise ShardError(f"{path}: cut off at byte {end}: no end-of-archive blocks; copy or build this shard again")
         raise ShardError(f"{path}: damaged header at byte {position}; copy or build this shard again")
     kind = header[156:157]
-    if kind in b"xLg" and size > _MAX_EXTENSION_BYTES:
+    if kind in _RECORDS and size > _MAX_EXTENSION_BYTES:
         raise ShardError(f"{path}: extended header of {size} bytes at byte {position} is not credible")
     return kind, size
 
@@ -110,15 +149,12 @@ def _name(header: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _parse_pax(path: Path, payload: bytes, position: int) -> dict[str, str]:
-    """The `length key=value` records of a PAX header."""
+def _parse_pax(payload: bytes) -> dict[str, str]:
+    """The `length key=value` records of a PAX header; ValueError or IndexError where they are none."""
     records = {}
-    try:
-        while payload:
-            length = int(payload.split(b" ", 1)[0])
-            key, value = payload[:length].split(b" ", 1)[1].rstrip(b"\n").split(b"=", 1)
-            records[key.decode()] = value.decode("utf-8", "surrogateescape")
-            payload = payload[length:] if length > 0 else b""
-    except (ValueError, IndexError) as error:
-        raise ShardError(f"{path}: damaged extended header at byte {position}") from error
+    while payload:
+        length = int(payload.split(b" ", 1)[0])
+        key, value = payload[:length].split(b" ", 1)[1].rstrip(b"\n").split(b"=", 1)
+        records[key.decode()] = value.decode("utf-8", "surrogateescape")
+        payload = payload[length:] if length > 0 else b""
     return records

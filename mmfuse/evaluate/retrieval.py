@@ -101,9 +101,9 @@ def rank_of_right_answer(query_QE: Tensor, gallery_GE: Tensor, right_QG: Tensor)
     for start in range(0, len(query_QE), _CHUNK):
         right = right_QG[start : start + _CHUNK]
         similarity = query_QE[start : start + _CHUNK] @ gallery_GE.T
-        similarity = similarity.nan_to_num(nan=torch.inf)  # a NaN must not look like a good answer
-        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        ranks.append(((similarity >= best) & ~right).sum(1))
+        # A NaN must not look like a good answer: not at all similar where it is right, most similar where it is wrong.
+        best = similarity.nan_to_num(nan=-torch.inf).masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        ranks.append((~(similarity < best) & ~right).sum(1))
     return torch.cat(ranks)
 
 

@@ -59,7 +59,7 @@ class ImageProcessor:
     """Encoded picture -> `pixels` uint8 `(3, H, W)`; normalisation is the encoder's, on the device."""
 
     def __init__(self, config: Config) -> None:
-        self.max_pixels = config.max_pixels
+        self.image_size, self.max_pixels = config.image_size, config.max_pixels
         size, augment = config.image_size, config.augment
         steps: list[nn.Module] = [transforms.RandomResizedCrop(size, scale=(augment.min_scale, 1.0), antialias=True)]
         if augment.flip:
@@ -90,6 +90,9 @@ class ImageProcessor:
                 if picture.width * picture.height > self.max_pixels:
                     size = f"{picture.width} x {picture.height}"
                     raise SampleError(f"picture of {size} pixels exceeds max_pixels = {self.max_pixels}")
+                # What evaluation would make of it: 60,000 x 1 pixels become 5,760,000 x 96.
+                if self.image_size**2 * max(picture.size) > self.max_pixels * min(picture.size):
+                    raise SampleError(f"picture of {picture.width} x {picture.height} pixels is too thin")
                 return picture.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise SampleError(f"not a readable JPEG, PNG or WebP picture: {error}") from error

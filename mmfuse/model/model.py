@@ -42,6 +42,11 @@ class ModelConfig(Settings):
         return configs
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 where it came so: the tests compare ranks at 1e-12."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class FusionModel(nn.Module):
     """Encodes any subset of the modalities of each sample, and fuses them."""
 
@@ -51,7 +56,10 @@ class FusionModel(nn.Module):
         encoders = {name: modality.build_encoder() for name, modality in config.modality_configs.items()}
         widths = {name: encoder.width for name, encoder in encoders.items()}
         self.encoders = nn.ModuleDict(encoders)
-        self.projections = nn.ModuleDict({name: nn.Linear(widths[name], config.width) for name in self.modalities})
+        # Only the fusion uses them; a parameter without a gradient would stop DDP.
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(widths[name], config.width) if config.fusion else nn.Identity() for name in widths}
+        )
         self.heads = nn.ModuleDict(
             {name: nn.Linear(widths[name], config.embedding_dim, bias=False) for name in self.modalities}
         )
@@ -68,7 +76,7 @@ class FusionModel(nn.Module):
             part = batch.inputs.get(name)
             tokens[name], masks[name], pooled_nE, zero = self.encode_modality(name, part, batch.present.device)
             rows[name] = part.rows if part else batch.sample_id[:0]
-            embedding = F.normalize(pooled_nE.float(), dim=-1)
+            embedding = F.normalize(at_least_fp32(pooled_nE), dim=-1)
             embeddings[name] = embedding.new_zeros(len(batch.present), embedding.shape[-1]).index_copy(
                 0, rows[name], embedding
             )
@@ -101,7 +109,7 @@ class FusionModel(nn.Module):
         """
         assert self.fusion is not None, "model.fusion is null"
         tokens, pooled_BD = self.fusion(batch)
-        return FusionOutput(tokens, pooled_BD, F.normalize(self.fused_head(pooled_BD).float(), dim=-1))
+        return FusionOutput(tokens, pooled_BD, F.normalize(at_least_fp32(self.fused_head(pooled_BD)), dim=-1))
 
     def embed(self, batch: Batch) -> Mapping[str, Tensor]:
         """`(B, E)` by modality, and as `fused` the whole sample; zeros where a row lacks it."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmfuse.distributed import gather_rows, rank, slice_of_rank, world_size
 from mmfuse.errors import ConfigError
-from mmfuse.model.model import ModelConfig
+from mmfuse.model.model import ModelConfig, at_least_fp32
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -113,7 +113,8 @@ def info_nce(
     places = rows.own[queries]
     total = scale.new_zeros(())
     for query, candidate in ((0, 1), (1, 0)):
-        logits_nG = scale * own[query][queries] @ everyone[candidate].T
+        with torch.autocast(scale.device.type, enabled=False):  # bf16 would err by 0.25 at a logit of 100
+            logits_nG = scale * own[query][queries] @ everyone[candidate].T
         forbidden_nG = ~present[candidate] | (rows.group_G[places, None] == rows.group_G)
         forbidden_nG[torch.arange(len(places), device=places.device), places] = False
         logits_nG = logits_nG.masked_fill(forbidden_nG, -torch.inf)
@@ -145,7 +146,7 @@ class _ClampInward(torch.autograd.Function):
 
 
 def exp_clamped(logit_scale: Tensor) -> Tensor:
-    """The scales in fp32, between 1 and 100."""
-    scale = _ClampInward.apply(logit_scale.float(), 0.0, LARGEST_LOGIT_SCALE)
+    """The scales, between 1 and 100, in fp32 also where the parameter is bf16."""
+    scale = _ClampInward.apply(at_least_fp32(logit_scale), 0.0, LARGEST_LOGIT_SCALE)
     assert isinstance(scale, Tensor)
     return scale.exp()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmfuse.distributed import sum_over_ranks, world_size
 from mmfuse.errors import ConfigError
 from mmfuse.modalities import text
-from mmfuse.model.model import ModelConfig
+from mmfuse.model.model import ModelConfig, at_least_fp32
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
 from mmfuse.randomness import hash_int, keyed_uniform
 from mmfuse.types import ModalityBatch
@@ -59,7 +59,7 @@ class MaskedLanguage(Objective):
         source = inputs.encoded.token_batch
         fused = model.fuse(source._replace(tokens={**source.tokens, "text": tokens}))
         predicted_nL = targets_nL >= 0
-        logits_mV = self.decoder(self.transform(fused.tokens["text"][predicted_nL])).float()
+        logits_mV = at_least_fp32(self.decoder(self.transform(fused.tokens["text"][predicted_nL])))
         total = F.cross_entropy(logits_mV, targets_nL[predicted_nL], reduction="sum")
         count = sum_over_ranks(predicted_nL.sum())
         return {"masked_language": total * world_size() / count.clamp(min=1) + zero}

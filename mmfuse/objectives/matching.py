@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmfuse.distributed import fetch_rows, gather_rows, sum_over_ranks, world_size
 from mmfuse.errors import ConfigError
-from mmfuse.model.model import ModelConfig
+from mmfuse.model.model import ModelConfig, at_least_fp32
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
 from mmfuse.objectives.contrastive import gather_embeddings
 from mmfuse.randomness import hash_int, keyed_uniform
@@ -51,8 +51,8 @@ class Matching(Objective):
         exchanged = _exchange(inputs, changed, negatives)
         mismatched = inputs.model.fuse(exchanged)
         rows = (changed >= 0).nonzero()[:, 0]
-        matched_n = self.classifier(inputs.fused.pooled[rows]).float()[:, 0]
-        mismatched_n = self.classifier(mismatched.pooled).float()[:, 0]
+        matched_n = at_least_fp32(self.classifier(inputs.fused.pooled[rows]))[:, 0]
+        mismatched_n = at_least_fp32(self.classifier(mismatched.pooled))[:, 0]
         total = F.softplus(-matched_n).sum() + F.softplus(mismatched_n).sum()
         count = sum_over_ranks(torch.tensor(len(rows), device=total.device))
         return {"matching": total * world_size() / (2 * count).clamp(min=1)}

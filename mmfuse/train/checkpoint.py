@@ -67,19 +67,30 @@ def verify_checkpoint(folder: Path, *, contents: bool = False) -> None:
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: is no complete checkpoint (no readable {MANIFEST})") from error
-    for name, fingerprint in files.items():
+        sizes = {name: fingerprint["bytes"] for name, fingerprint in files.items()}
+        _ = sizes[STATE], sizes[RUN]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: is no complete checkpoint (no readable {MANIFEST}); give a folder step_NNNNNNNN of a run"
+        ) from error
+    for name, size in sizes.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             raise CheckpointError(f"{folder}: {name} is missing or has another size than when it was written")
-        if contents and _fingerprint(path) != fingerprint:
+        if contents and _fingerprint(path) != files[name]:
             raise CheckpointError(f"{folder}: {name} has changed since it was written (checksum)")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Step, plan and versions of a checkpoint."""
-    return json.loads((folder / STATE).read_text())
+    """Step, plan and versions of a checkpoint.
+
+    Raises:
+        CheckpointError: damaged since it was written.
+    """
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {STATE} is not readable: {error}") from error
 
 
 def load_weights(task: nn.Module, folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from mmfuse import __version__
 from mmfuse.config import dump_yaml
 from mmfuse.distributed import rank, world_size
+from mmfuse.errors import ConfigError
 from mmfuse.train.files import write_text
 from mmfuse.train.run import RunConfig
 
@@ -32,8 +33,17 @@ def describe_environment(strategy: str) -> dict[str, str]:
 
 
 def write_environment(folder: Path, run: RunConfig, *, strategy: str) -> None:
-    """`run.yaml`, proved to load again, and `environment.json`; rank 0 only writes."""
-    if rank() == 0:
+    """`run.yaml`, proved to load again, and `environment.json`; rank 0 only writes.
+
+    Raises:
+        ConfigError: the folder cannot be made; on every rank, so that none waits for another.
+    """
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be a folder ({error.strerror}); choose another output_dir or name"
+        ) from error
+    if rank() == 0:
         dump_yaml(run, folder / "run.yaml")
         write_text(folder / "environment.json", json.dumps(describe_environment(strategy), indent=1))

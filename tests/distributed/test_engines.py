@@ -1,0 +1,72 @@
+"""Two processes under every strategy: the same curve as one process, also after a SIGKILL."""
+
+import json
+from pathlib import Path
+
+import pytest
+from distributed.launches import (
+    finish,
+    kill_after_step,
+    read_losses,
+    read_modalities,
+    read_samples,
+    start,
+    write_run,
+    write_sparse_shards,
+)
+
+STEPS = 20
+TOLERANCE = 5e-6
+"""Relative, fp32, over 20 steps with every objective: sums in another order, fed back through Adam."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sparse")
+    return write_run(folder / "run.yaml", write_sparse_shards(folder / "shards"), steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def finished(run: Path):
+    """The run's folder under a strategy, uninterrupted; each is trained once."""
+    folders: dict[str, Path] = {}
+
+    def folder(strategy: str) -> Path:
+        if strategy not in folders:
+            output = run.parent / f"whole_{strategy}"
+            finish(start(strategy, run, output), output)
+            folders[strategy] = output
+        return folders[strategy]
+
+    return folder
+
+
+def test_the_run_has_batches_that_lack_a_modality_on_one_rank_only(run, finished):
+    present = read_modalities(run.parent / "shards" / "sparse.yaml")
+    lacking = 0
+    for keys in read_samples(finished("ddp")).values():
+        first, second = ({m for key in half for m in present[key]} for half in (keys[:4], keys[4:]))
+        lacking += first != second
+    assert lacking >= 5, f"only {lacking} of {STEPS} steps"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_two_processes_give_the_loss_curve_of_one(finished, strategy):
+    alone, together = finished("cpu"), finished(strategy)
+    assert json.loads((together / "environment.json").read_text())["strategy"] == strategy
+    assert json.loads((together / "environment.json").read_text())["world_size"] == "2"
+    assert read_samples(together) == read_samples(alone)
+    expected, losses = read_losses(alone), read_losses(together)
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_killed_run_started_again_equals_the_uninterrupted_one(run, finished, strategy):
+    output = run.parent / f"killed_{strategy}"
+    kill_after_step(start(strategy, run, output), output, step=9)
+    assert len(read_losses(output)) < STEPS
+    finish(start(strategy, run, output), output)
+    assert "resumed from" in Path(f"{output}.log").read_text()
+    assert read_samples(output) == read_samples(finished(strategy))
+    assert read_losses(output) == read_losses(finished(strategy))   # to the last bit
