@@ -23,15 +23,19 @@ class Task(nn.Module):
         with seeded_torch(seed):
             self.model = FusionModel(model)
             self.objectives = nn.ModuleDict({n: config.build(model, seed=seed) for n, config in objectives.items()})
+        # The fused embedding's head must have a gradient on every rank, if only a zero.
+        reads = any(config.reads_fused_batch for config in objectives.values())
+        trains = any(config.trains_fused_embedding for config in objectives.values())
+        self.fuses_batch = self.model.fusion is not None and (reads or not trains)
         self.weights = {name: config.weight for name, config in objectives.items()}
 
     def forward(self, batch: Batch) -> StepOutput:
         encoded = self.model.encode(batch)
-        fused = self.model.fuse(encoded.token_batch) if self.model.fusion else None
+        fused = self.model.fuse(encoded.token_batch) if self.fuses_batch else None
         inputs = StepInputs(self.model, batch, encoded, fused)
         loss = encoded.anchor
         if fused is not None:
-            loss = loss + 0.0 * fused.embedding.sum()  # an objective may use only a part of the fusion's output
+            loss = loss + 0.0 * fused.embedding.sum()
         terms = {}
         for name, objective in self.objectives.items():
             assert isinstance(objective, Objective)

@@ -1,9 +1,12 @@
 """What every test may rely on: logs that pytest can see, and an Accelerator that starts anew."""
 
 import logging
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +25,16 @@ def fresh_accelerator() -> Iterator[None]:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def emoji_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of an indexed copy of the committed sample."""
+    from mmfuse.data.checks import index_shards
+
+    folder = tmp_path_factory.mktemp("emoji")
+    tars = sorted((REPOSITORY / "data_shards/samples/emoji").glob("*.tar"))
+    (folder / "samples/emoji").mkdir(parents=True)
+    list(index_shards([Path(shutil.copy(tar, folder / "samples/emoji")) for tar in tars]))
+    (folder / "recipes").mkdir()
+    return Path(shutil.copy(REPOSITORY / "data_shards/recipes/emoji_sample.yaml", folder / "recipes"))

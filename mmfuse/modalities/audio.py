@@ -1,6 +1,7 @@
 """Audio: WAV, FLAC, MP3, Ogg or Opus -> log-mel filter bank -> an Audio Spectrogram Transformer (Gong et al. 2021)."""
 
 import io
+import math
 
 import soundfile
 import torch
@@ -15,6 +16,9 @@ from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_me
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus")
+
+_SPEED_STEPS = 20
+_LARGEST_KERNEL = 2**24
 
 FRAME_SHIFT_MS = 10
 FRAME_LENGTH_MS = 25
@@ -58,7 +62,7 @@ class Config(ModalityConfig):
     @property
     def num_frames(self) -> int:
         """Frames of a full clip."""
-        return int(self.clip_seconds * 1000) // FRAME_SHIFT_MS
+        return round(self.clip_seconds * 1000) // FRAME_SHIFT_MS
 
     def build_processor(self) -> Processor:
         return AudioProcessor(self)
@@ -77,13 +81,16 @@ class AudioProcessor:
         config = self.config
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         rate, waveform = self._decode(data, generator)
+        if not len(waveform):
+            raise SampleError("the sound is empty")
         waveform = torchaudio.functional.resample(waveform, rate, config.sample_rate)
         if generator is not None:
-            heard_at = round(config.sample_rate * (1 + _random_speed(config.augment.speed, generator)))
-            waveform = torchaudio.functional.resample(waveform, heard_at, config.sample_rate)
+            # By the ratio: torchaudio's kernel grows with both rates, 500 MB for 22,050 and 23,152 Hz.
+            faster = _random_speed(config.augment.speed, generator)
+            waveform = torchaudio.functional.resample(waveform, _SPEED_STEPS + faster, _SPEED_STEPS)
         shortest = config.sample_rate * FRAME_LENGTH_MS // 1000
-        if waveform.shape[-1] < shortest:
-            raise SampleError(f"sound of {waveform.shape[-1]} values is shorter than one frame of {FRAME_LENGTH_MS} ms")
+        if len(waveform) < shortest:
+            raise SampleError(f"sound of {len(waveform)} values is shorter than one frame of {FRAME_LENGTH_MS} ms")
         fbank = torchaudio.compliance.kaldi.fbank(
             waveform[None],
             sample_frequency=config.sample_rate,
@@ -96,6 +103,8 @@ class AudioProcessor:
             dither=0.0,
         )
         fbank = (fbank[: config.num_frames] - AST_MEAN) / AST_TWICE_STD
+        if not torch.isfinite(fbank).all():
+            raise SampleError("the sound has values that are not finite, or too large")
         if generator is not None:
             fbank = _mask_bands(fbank, config.augment, generator)
         return {"fbank": fbank}
@@ -115,6 +124,7 @@ class AudioProcessor:
                 seconds = sound.frames / sound.samplerate
                 if seconds > self.config.max_seconds:
                     raise SampleError(f"recording of {seconds:.0f} s exceeds max_seconds = {self.config.max_seconds}")
+                _check_rate(sound.samplerate, self.config.sample_rate)
                 # 1.5 clips: enough for the fastest speed.
                 wanted = int(1.5 * self.config.clip_seconds * sound.samplerate)
                 surplus = sound.frames - wanted
@@ -124,10 +134,7 @@ class AudioProcessor:
                 rate = sound.samplerate
         except soundfile.LibsndfileError as error:
             raise SampleError(f"not a readable WAV, FLAC, MP3, Ogg or Opus sound: {error}") from error
-        waveform = torch.from_numpy(values).mean(1)
-        if not torch.isfinite(waveform).all():
-            raise SampleError("the sound has values that are not finite")
-        return rate, waveform
+        return rate, torch.from_numpy(values).mean(1)
 
 
 class AudioEncoder(Encoder):
@@ -184,10 +191,17 @@ def _build_ast(config: Config) -> ASTModel:
     return ast
 
 
-def _random_speed(largest: float, generator: torch.Generator) -> float:
-    """A relative change in steps of 0.05: few ratios, so that torchaudio's resampling kernels stay small."""
-    steps = round(largest / 0.05)
-    return 0.05 * (int(torch.randint(2 * steps + 1, (), generator=generator)) - steps)
+def _check_rate(rate: int, wanted: int) -> None:
+    """Refuses rates that would take torchaudio's resampling minutes or all memory: 12 GB from 192,001 to 16,000 Hz."""
+    kernel = math.lcm(rate, wanted) // math.gcd(rate, wanted)
+    if kernel > _LARGEST_KERNEL:
+        raise SampleError(f"sample rate of {rate} Hz has too little in common with {wanted} Hz; resample the file")
+
+
+def _random_speed(largest: float, generator: torch.Generator) -> int:
+    """A relative change in twentieths: few ratios, so that torchaudio's resampling kernels stay small."""
+    steps = round(largest * _SPEED_STEPS)
+    return int(torch.randint(2 * steps + 1, (), generator=generator)) - steps
 
 
 def _mask_bands(fbank: Tensor, augment: AugmentConfig, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ class StepInputs(NamedTuple):
     batch: Batch
     encoded: Encoded
     fused: FusionOutput | None
-    """Null only where the model has no fusion."""
+    """The batch as it came; null where no objective reads it."""
 
 
 class Objective(nn.Module):
@@ -44,6 +44,9 @@ class ObjectiveConfig(Settings, ABC):
     """Factor of this objective's terms in the loss."""
     uses_fusion: ClassVar[bool] = True
     """Whether the objective trains the fusion."""
+    reads_fused_batch: ClassVar[bool] = False
+    """Whether it reads `StepInputs.fused`; without such an objective the batch as it came is not fused in training."""
+    trains_fused_embedding: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, model: ModelConfig, *, seed: int) -> Objective:

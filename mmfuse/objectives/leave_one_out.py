@@ -4,6 +4,8 @@ This is what makes the fused embedding good for retrieval. Samples with every mo
 candidates are all samples of the global batch that have the modality left out, as in `contrastive`.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,8 @@ from mmfuse.types import TokenBatch
 
 class Config(ObjectiveConfig):
     """Leave-one-out contrast of the fused embedding."""
+
+    trains_fused_embedding: ClassVar[bool] = True
 
     def build(self, model: ModelConfig, *, seed: int) -> "LeaveOneOut":
         if len(model.modalities) < 3:

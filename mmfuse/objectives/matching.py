@@ -8,6 +8,8 @@ batch cannot make it fail as a multinomial over an underflowed softmax does. All
 Shape legend: B rows of this rank, G rows of the global batch, n exchanged rows, L tokens, D width.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from mmfuse.types import TokenBatch
 class Config(ObjectiveConfig):
     """Matching with hard negatives."""
 
+    reads_fused_batch: ClassVar[bool] = True
     temperature: PositiveFloat = 0.07
     """Of the similarities that negatives are drawn by; lower is harder."""
     negative_pool: PositiveInt | None = None
