@@ -22,3 +22,8 @@ def set_up_logging(*, rank: int = 0) -> None:
     ours.handlers = [handler]
     ours.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     ours.propagate = False
+
+
+def hide_bar(rank: int) -> bool | None:
+    """For tqdm's `disable`: bars are for rank 0 and (None) for a terminal; a job's log has the lines instead."""
+    return None if rank == 0 else True

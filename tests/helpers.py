@@ -19,7 +19,14 @@ EXTENSION = {"image": "jpg", "text": "txt", "audio": "ogg"}
 ALL = ("image", "text", "audio")
 
 TINY_MODALITIES: dict[str, dict[str, Any]] = {
-    "text": {"tokenizer": "tiny", "vocab_size": 6368, "max_tokens": 8, "hidden_size": 16, "num_layers": 1, "num_heads": 2},
+    "text": {
+        "tokenizer": "tiny",
+        "vocab_size": 6368,
+        "max_tokens": 8,
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+    },
     "image": {"image_size": 32, "hidden_size": 24, "num_layers": 1, "num_heads": 3},
     "audio": {
         "clip_seconds": 0.32,

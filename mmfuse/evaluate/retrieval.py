@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mmfuse.config import Settings
 from mmfuse.distributed import gather_rows, rank
+from mmfuse.log import hide_bar
 from mmfuse.model.model import FusionModel
 from mmfuse.types import Batch
 
@@ -52,7 +53,7 @@ def embed_set(
     was_training = model.training
     model.eval()
     parts: dict[str, list[Tensor]] = {}
-    for batch in tqdm(batches, desc=f"evaluating {name}", unit="batch", leave=False, disable=rank() != 0):
+    for batch in tqdm(batches, desc=f"evaluating {name}", unit="batch", leave=False, disable=hide_bar(rank())):
         batch = batch.to(device)
         embeddings = model.embed(batch)
         columns = {**embeddings, "present": batch.present, "group": batch.group_id}

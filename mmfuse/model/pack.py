@@ -1,9 +1,9 @@
 """Packs the tokens of all samples and modalities into one stream, and finds who attends to whom.
 
 Linear layers and norms run on the stream `(N, D)` of real tokens, so they waste nothing on padding or on modalities
-that a sample lacks. Attention runs in groups of samples with the same set of modalities, each group dense, so plain SDPA
-serves on every device. The groups live inside the attention function: the number of module calls does not depend on the
-batch, which ZeRO-3 and FSDP need.
+that a sample lacks. Attention runs in groups of samples with the same set of modalities, each group dense, so plain
+SDPA serves on every device. The groups live inside the attention function: the number of module calls does not depend
+on the batch, which ZeRO-3 and FSDP need.
 
 Shape legend: N packed tokens, n entries of a modality, L tokens of an entry, g samples of a group.
 """

@@ -3,8 +3,8 @@
 A file `mmfuse/objectives/NAME.py` has a `Config` that builds its objective.
 
 Every term is normalised by its global count and multiplied by the world size, so that the mean over ranks, which is
-what data-parallel training takes of gradients, is the value of the global batch: however the rows fall on the ranks. A term
-that finds nothing to do on this rank is an exact 0 that is still connected to its parameters.
+what data-parallel training takes of gradients, is the value of the global batch, however the rows fall on the ranks.
+A term that finds nothing to do on this rank is an exact 0 that is still connected to its parameters.
 """
 
 from abc import ABC, abstractmethod

@@ -65,7 +65,7 @@ class MaskedLanguage(Objective):
         return {"masked_language": total * world_size() / count.clamp(min=1) + zero}
 
     def _mask(self, part: ModalityBatch, sample_id: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Ids with the chosen tokens changed (80% to [MASK], 10% to a random id, 10% kept), and targets, -1 elsewhere."""
+        """Ids with the chosen tokens changed (80% [MASK], 10% random, 10% kept), and targets, -1 elsewhere."""
         ids = part.inputs["input_ids"]
         position = torch.arange(ids.shape[1], device=ids.device)
         choice, change, word = (keyed_uniform(self.seed + i, step, sample_id[:, None], position) for i in range(3))

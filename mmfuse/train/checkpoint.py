@@ -29,7 +29,8 @@ def save_checkpoint(
     """Writes `root/step_NNNNNNNN` and removes the oldest beyond `keep`. Rank 0 only."""
     final = root / f"{_PREFIX}{step:08d}"
     temporary = root / (final.name + _TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in root.glob(f"{_PREFIX}*{_TEMPORARY}"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     for kind, tensors in state.items():
         save_file(tensors, temporary / f"{kind}.safetensors")

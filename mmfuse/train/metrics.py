@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mmfuse.distributed import rank, sum_over_ranks, world_size
+from mmfuse.log import hide_bar
 from mmfuse.train.files import drop_lines_after
 from mmfuse.types import StepOutput
 
@@ -35,7 +36,9 @@ class MetricsWriter:
             drop_lines_after(self.path, start)
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=stop, initial=start, unit="step", disable=rank() != 0, dynamic_ncols=True, leave=False)
+        self._bar = tqdm(
+            total=stop, initial=start, unit="step", disable=hide_bar(rank()), dynamic_ncols=True, leave=False
+        )
 
     def count_wait(self, seconds: float) -> None:
         """Time that the step stood waiting for data."""

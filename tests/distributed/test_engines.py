@@ -69,4 +69,4 @@ def test_a_killed_run_started_again_equals_the_uninterrupted_one(run, finished, 
     finish(start(strategy, run, output), output)
     assert "resumed from" in Path(f"{output}.log").read_text()
     assert read_samples(output) == read_samples(finished(strategy))
-    assert read_losses(output) == read_losses(finished(strategy))   # to the last bit
+    assert read_losses(output) == read_losses(finished(strategy))  # to the last bit

@@ -101,8 +101,8 @@ def _check_launch(accelerator: Accelerator) -> None:
     if accelerator.num_processes != asked:
         raise LaunchError(
             f"asked for {asked} processes, but Accelerate started {accelerator.num_processes}. On CPU, "
-            "`accelerate launch --cpu` runs one process whatever --num_processes says; start with launch/train.sh, or set "
-            "ACCELERATE_USE_CPU=true and pass --multi_gpu"
+            "`accelerate launch --cpu` runs one process whatever --num_processes says; start with launch/train.sh, "
+            "or set ACCELERATE_USE_CPU=true and pass --multi_gpu"
         )
     kind = accelerator.distributed_type
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":

@@ -42,7 +42,9 @@ def test_counts_and_sizes_are_those_of_the_members(tmp_path: Path) -> None:
     stats = count_shards([a, b])
     assert (stats.shards, stats.samples, stats.bytes) == (2, 4, a.stat().st_size + b.stat().st_size)
     assert stats.subsets == {("jpg", "txt"): 1, ("jpg",): 2, ("txt",): 1}
-    sizes = {extension: sorted(int(s) for part in parts for s in part) for extension, parts in stats.member_bytes.items()}
+    sizes = {
+        extension: sorted(int(s) for part in parts for s in part) for extension, parts in stats.member_bytes.items()
+    }
     assert sizes == {"jpg": [5, 7, 9], "txt": [1, 3]}
 
 

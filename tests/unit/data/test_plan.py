@@ -115,7 +115,9 @@ def test_a_lane_reads_few_shards_at_a_time_where_there_are_many() -> None:
     assert changes > 0.3, "a window is not shuffled"
 
 
-@pytest.mark.parametrize(("global_batch", "lanes"), [(64, 64), (256, 64), (24, 24), (96, 48), (67, 1), (130, 26), (1, 1)])
+@pytest.mark.parametrize(
+    ("global_batch", "lanes"), [(64, 64), (256, 64), (24, 24), (96, 48), (67, 1), (130, 26), (1, 1)]
+)
 def test_default_lanes_are_the_largest_divisor_up_to_64(global_batch: int, lanes: int) -> None:
     assert make_plan([9], global_batch=global_batch).lanes == lanes
 

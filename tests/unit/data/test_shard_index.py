@@ -114,7 +114,7 @@ def test_a_cut_off_index_is_refused(shard: Path, tmp_path: Path, length: int) ->
     place = tmp_path / "x.idx"
     build_index(shard, place)
     os.truncate(place, length if length >= 0 else place.stat().st_size + length)
-    with pytest.raises(ShardError, match="not a readable index.*index the shard again") as error:
+    with pytest.raises(ShardError, match=r"not a readable index.*index the shard again") as error:
         ShardIndex(place)
     assert str(place) in str(error.value)
 

@@ -89,7 +89,7 @@ def test_a_recipe_that_does_not_fit_its_shards_is_refused(tmp_path: Path, change
 
 def test_a_shard_without_an_index_is_told_with_the_command(tmp_path: Path) -> None:
     recipe = write_data_set(tmp_path / "set", modalities=["text"], index=False)
-    with pytest.raises(DataError, match="train-0.tar has no index; run: mmfuse shards index"):
+    with pytest.raises(DataError, match=r"train-0.tar has no index; run: mmfuse shards index"):
         open_source(SourceConfig(recipe=str(recipe)), modalities=("text",))
 
 
@@ -105,9 +105,9 @@ def test_a_shard_that_shrinks_or_goes_while_it_is_read_stops_with_its_name(tmp_p
     source = make_source(tmp_path)
     os.truncate(tmp_path / "train-0.tar", 600)
     (tmp_path / "train-1.tar").unlink()
-    with pytest.raises(ShardError, match="train-0.tar: ends before byte"):
+    with pytest.raises(ShardError, match=r"train-0.tar: ends before byte"):
         source.read(0)
-    with pytest.raises(DataError, match="train-1.tar: cannot be read any more: No such file"):
+    with pytest.raises(DataError, match=r"train-1.tar: cannot be read any more: No such file"):
         source.read(2)
 
 
