@@ -177,8 +177,10 @@ class DataPlan:
         return rows
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How many epochs of each source were dealt before `step`."""
+        """How many epochs of each source were dealt before `step`, as numbers for the metrics."""
         turns = [lane * PERIOD // self.lanes for lane in range(self.lanes)]
         slots = step * (self.global_batch // self.lanes)
         dealt = np.sum([self.blend.drawn(turn + slots) - self.blend.drawn(turn) for turn in turns], axis=0)
-        return {s.name: float(n / o.total) for s, o, n in zip(self.sources, self.orders, dealt, strict=True)}
+        return {
+            f"epochs/{s.name}": float(n / o.total) for s, o, n in zip(self.sources, self.orders, dealt, strict=True)
+        }

@@ -54,7 +54,7 @@ class Evaluator:
     def evaluate_step(self, task: Task, device: torch.device, *, step: int, folder: Path) -> Results:
         """Evaluates and, on rank 0, keeps the scores as `evaluations/step_NNNNNNNN.json`."""
         results = self.evaluate(task, device)
-        if rank() == 0:
+        if results and rank() == 0:
             text = json.dumps({"step": step, "sets": results}, indent=1)
             write_text(folder / "evaluations" / f"step_{step:08d}.json", text)
         return results
@@ -64,7 +64,7 @@ class Evaluator:
         if rank() == 0:
             page = write_report(folder, sources=self.sources, k=max(self.config.recall_at))
             table = "\n".join(summarize(results, k=max(self.config.recall_at)))
-            logger.info("retrieval:\n%s\nreport: %s", table, page)
+            logger.info("retrieval:\n%s\nreport: %s", table or "no validation set", page)
         barrier()
 
 

@@ -1,0 +1,88 @@
+"""Saves a run, and finds the place to go on from."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from torch import nn
+
+from mmfuse.errors import CheckpointError
+from mmfuse.train.checkpoint import (
+    RUN,
+    complete_checkpoints,
+    load_portable_state,
+    load_weights,
+    read_facts,
+    save_checkpoint,
+)
+from mmfuse.train.engines.base import Engine
+from mmfuse.train.environment import describe_environment
+from mmfuse.train.optim import build_optimizer
+from mmfuse.train.run import RunConfig, changed_settings, load_run
+
+logger = logging.getLogger(__name__)
+
+
+def start_or_resume(run: RunConfig, engine: Engine, task: nn.Module, *, plan_identity: dict[str, Any]) -> int:
+    """Distributes the task, with the newest checkpoint's weights and moments if there is one; returns the next step.
+
+    Raises:
+        CheckpointError: the folder holds a checkpoint of a run that differs in what must not change.
+    """
+    checkpoint = _newest_checkpoint(run, engine, plan_identity)
+    if checkpoint:
+        load_weights(task, checkpoint)  # before wrapping: low-precision copies are made there
+    rows = math.ceil(run.train.global_batch / run.train.accumulation / engine.world_size)
+    optimizer = build_optimizer(task, run.optimizer)
+    engine.wrap(task, optimizer, clip_norm=run.optimizer.clip_norm, rank_rows=rows)
+    if not checkpoint:
+        return 0
+    facts = read_facts(checkpoint)
+    engine.import_moments(load_portable_state(checkpoint), facts["adam_steps"])
+    logger.info("resumed from %s, written by %s", checkpoint, facts["written_by"])
+    return int(facts["step"])
+
+
+def save(run: RunConfig, engine: Engine, *, step: int, plan_identity: dict[str, Any]) -> None:
+    """Writes the checkpoint of `step`; all ranks must call."""
+    state, adam_steps = engine.export_state()
+    if engine.rank == 0:
+        facts = {
+            "adam_steps": adam_steps,
+            "plan": plan_identity,
+            "written_by": f"{engine.name} on {engine.world_size} ranks",
+            "environment": describe_environment(engine.name),
+        }
+        save_checkpoint(
+            run.folder / "checkpoints",
+            step=step,
+            state=state,
+            facts=facts,
+            run_yaml=yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False),
+            keep=run.train.keep_checkpoints,
+        )
+    engine.wait_for_everyone()
+
+
+def _newest_checkpoint(run: RunConfig, engine: Engine, plan_identity: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint of this run; rank 0 looks, so that all ranks see the same."""
+    found: list[Path | None] = [None]
+    if engine.rank == 0:
+        found = [next(reversed(complete_checkpoints(run.folder / "checkpoints")), None)]
+    if engine.world_size > 1:
+        dist.broadcast_object_list(found, src=0)
+    checkpoint = found[0]
+    if checkpoint is None:
+        return None
+    changed = changed_settings(load_run(str(checkpoint / RUN)), run)
+    stored = read_facts(checkpoint)["plan"]
+    changed += [f"data: {name} has changed" for name in plan_identity if plan_identity[name] != stored.get(name)]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run. Give the settings back, or choose another name or output_dir:\n  "
+            + "\n  ".join(changed)
+        )
+    return checkpoint
