@@ -14,10 +14,10 @@ quickstart: .venv/installed
 	launch/train.sh "$$(launch/quickstart_strategy.sh)" quickstart
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 pytest -m "not slow"
+	OMP_NUM_THREADS=1 pytest
 
 test-all: .venv/installed
-	OMP_NUM_THREADS=1 pytest
+	OMP_NUM_THREADS=1 pytest -m "slow or not slow"
 
 check: .venv/installed
 	ruff check .

@@ -103,7 +103,7 @@ def load_weights(task: nn.Module, folder: Path) -> None:
     stored = _load(folder, "model")
     ours = task.state_dict()
     wrong = [name for name in ours if name not in stored or stored[name].shape != ours[name].shape]
-    wrong += [name for name in stored if name not in ours]
+    wrong += sorted(name for name in stored if name not in ours)
     if wrong:
         raise CheckpointError(
             f"{folder}: holds another model; {len(wrong)} weights differ, such as {', '.join(wrong[:3])}"

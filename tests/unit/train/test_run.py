@@ -106,7 +106,7 @@ def test_a_world_with_an_empty_rank_is_refused(tiny: Path) -> None:
     run = load(tiny)
     run.check_world_size(4)
     with pytest.raises(
-        ConfigError, match="5 ranks, but a micro-batch has only 4 rows .* start fewer processes or raise"
+        ConfigError, match=r"5 ranks, but a micro-batch has only 4 rows .* start fewer processes or raise"
     ):
         run.check_world_size(5)
     accumulating = load(

@@ -1,0 +1,178 @@
+"""Runs the functions of `RECIPES` in two and in three gloo processes, all in one start, and hands back what they gave.
+
+A recipe works on its rank's part of fixed global data. Tests compare what the ranks gave with what one process gives.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from batches import ALL_OBJECTIVES, make_batch, make_samples, tiny_task
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mmfuse.distributed import fetch_rows, gather_rows, rank, slice_of_rank, world_size
+from mmfuse.objectives.contrastive import Contrastive
+from mmfuse.objectives.base import StepInputs
+from mmfuse.task import Task
+from mmfuse.types import Batch, Encoded, TokenBatch
+
+WORLD_SIZES = (2, 3)
+Result = dict[str, Tensor]
+
+SCENARIOS = {
+    "complete": "tia tia tia tia tia tia tia tia",
+    # Eleven rows over three ranks are 3, 4 and 4: the last rank has no sound, the first no picture.
+    "uneven": "ta t ta tia tia i tia ti t ti i",
+    # One rank has nothing to do for any objective, the others share two groups.
+    "idle": "t t t tia tia ti tia ia ta tia",
+}
+GROUPS = {"complete": None, "uneven": [0, 1, 2, 3, 4, 5, 3, 2, 8, 4, 10], "idle": [0, 1, 2, 3, 4, 5, 3, 4, 3, 9]}
+
+
+def scenario_batch(name: str) -> Batch:
+    """This rank's part of a scenario."""
+    samples = make_samples(SCENARIOS[name], groups=GROUPS[name])
+    return make_batch(samples, rank=rank(), world_size=world_size())
+
+
+def train_step(scenario: str, objective: str) -> Result:
+    """Loss and gradients of one objective; under DDP, where there are ranks, with its average of gradients."""
+    task = tiny_task((objective,))
+    wrapped = DistributedDataParallel(task) if world_size() > 1 else task
+    loss = wrapped(scenario_batch(scenario)).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: gradient_of(task, name) for name, _ in task.named_parameters()}
+
+
+def gradient_of(task: Task, name: str) -> Tensor:
+    gradient = task.get_parameter(name).grad
+    assert gradient is not None, f"{name} has no gradient on rank {rank()}"
+    return gradient
+
+
+def pair_embeddings(count: int = 11) -> Tensor:
+    """L2-normalised `(count, 2, 6)` of two modalities in fp64."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.nn.functional.normalize(torch.randn(count, 2, 6, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def contrastive_inputs(embeddings: dict[str, Tensor], batch: Batch) -> StepInputs:
+    """Inputs for an objective that reads nothing but embeddings."""
+    tokens = TokenBatch({}, {}, {}, len(batch.present))
+    return StepInputs(None, batch, Encoded(tokens, embeddings, torch.zeros(())), None)  # type: ignore[arg-type]
+
+
+def contrast_complete_pairs() -> Result:
+    """Loss and gradients of captioned pictures, each rank holding its part of `pair_embeddings`."""
+    embeddings = pair_embeddings()
+    own = slice_of_rank(len(embeddings), rank=rank(), world_size=world_size())
+    leaf = embeddings[own].clone().requires_grad_()
+    batch = make_batch(" ".join(["ti"] * len(embeddings)), letters="ti", rank=rank(), world_size=world_size())
+    objective = Contrastive({("text", "image"): 1.0}).double()
+    (loss,) = objective(contrastive_inputs({"text": leaf[:, 0], "image": leaf[:, 1]}, batch)).values()
+    loss.backward()
+    assert leaf.grad is not None and objective.logit_scale.grad is not None
+    return {"loss": loss.detach(), "embeddings": leaf.grad, "scale": objective.logit_scale.grad}
+
+
+def global_rows(count: int) -> Tensor:
+    return torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+
+
+def rank_weights(count: int, number: int) -> Tensor:
+    """What a rank multiplies its result with, so that each rank asks for another gradient."""
+    return torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(50 + number), dtype=torch.float64)
+
+
+def gather(count: int) -> Result:
+    """Everyone's rows and the gradient of this rank's."""
+    own = global_rows(count)[slice_of_rank(count, rank=rank(), world_size=world_size())].requires_grad_()
+    everyone = gather_rows(own, global_rows=count)
+    (everyone * rank_weights(count, rank())).sum().backward()
+    assert own.grad is not None
+    return {"rows": everyone.detach(), "gradient": own.grad}
+
+
+def wanted_rows(count: int, number: int) -> Tensor:
+    """Rows that a rank asks for: some twice, in no order; rank 1 wants none."""
+    if number == 1:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.randint(count, (7,), generator=torch.Generator().manual_seed(number))
+
+
+def fetch(count: int) -> Result:
+    """The rows asked for and the gradient of this rank's."""
+    own = global_rows(count)[slice_of_rank(count, rank=rank(), world_size=world_size())].requires_grad_()
+    wanted = wanted_rows(count, rank())
+    fetched = fetch_rows(own, wanted, global_rows=count)
+    (fetched * rank_weights(len(wanted), rank())).sum().backward()
+    assert own.grad is not None
+    return {"rows": fetched.detach(), "gradient": own.grad}
+
+
+def exchange_types(count: int) -> Result:
+    """Both exchanges of `(count, 3)` rows of other types than floats with a gradient."""
+    own = slice_of_rank(count, rank=rank(), world_size=world_size())
+    result = {}
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.bfloat16):
+        rows = typed_rows(count, dtype)
+        result[f"gather {dtype}"] = gather_rows(rows[own], global_rows=count)
+        result[f"fetch {dtype}"] = fetch_rows(rows[own], wanted_rows(count, rank()), global_rows=count)
+    return result
+
+
+def typed_rows(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(200, (count, 3), generator=torch.Generator().manual_seed(count)).to(dtype)
+
+
+RECIPES: dict[str, Callable[[], Result]] = {
+    "contrast_complete_pairs": contrast_complete_pairs,
+    **{f"gather {n}": functools.partial(gather, n) for n in (2, 6, 11)},
+    **{f"fetch {n}": functools.partial(fetch, n) for n in (2, 6, 11)},
+    "exchange_types": functools.partial(exchange_types, 11),
+    **{f"{s} {o}": functools.partial(train_step, s, o) for s in SCENARIOS for o in ALL_OBJECTIVES},
+}
+
+
+@functools.cache
+def results_on_ranks() -> dict[int, list[dict[str, Result]]]:
+    """By world size what each rank's recipes gave."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        environment.pop("RANK", None)
+        command = [sys.executable, "-m", "unit.objectives.ranks", folder]
+        processes = [subprocess.Popen([*command, str(number)], env=environment) for number in range(max(WORLD_SIZES))]
+        failed = [process.wait(timeout=300) for process in processes]
+        assert not any(failed), f"exit codes {failed}; what went wrong is in the output"
+        return {
+            size: [torch.load(Path(folder) / f"{size}-{number}.pt") for number in range(size)] for size in WORLD_SIZES
+        }
+
+
+@functools.cache
+def result_alone(recipe: str) -> Result:
+    """What one process gives."""
+    return RECIPES[recipe]()
+
+
+def run_recipes(folder: Path, number: int) -> None:
+    """One process: all recipes in each world that this rank belongs to."""
+    for size in WORLD_SIZES:
+        if number >= size:
+            continue
+        store = dist.FileStore(str(folder / f"store-{size}"), size)
+        dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=timedelta(minutes=2))
+        torch.save({name: recipe() for name, recipe in RECIPES.items()}, folder / f"{size}-{number}.pt")
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_recipes(Path(sys.argv[1]), int(sys.argv[2]))
