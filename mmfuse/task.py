@@ -33,7 +33,8 @@ class Task(nn.Module):
         encoded = self.model.encode(batch)
         fused = self.model.fuse(encoded.token_batch) if self.fuses_batch else None
         inputs = StepInputs(self.model, batch, encoded, fused)
-        loss = encoded.anchor
+        # Heads that no objective reads must have a gradient too, if only a zero.
+        loss = encoded.anchor + 0.0 * sum(embedding.sum() for embedding in encoded.embeddings.values())
         if fused is not None:
             loss = loss + 0.0 * fused.embedding.sum()
         terms = {}

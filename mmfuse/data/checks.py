@@ -42,7 +42,7 @@ class ShardStats:
     samples: int = 0
     bytes: int = 0
     subsets: Counter[tuple[str, ...]] = field(default_factory=Counter)
-    """Samples by the extensions that they have."""
+    """Samples by the extensions that they have, in alphabetical order."""
     member_bytes: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """Sizes of all members by extension."""
 
@@ -60,7 +60,7 @@ def count_shards(shards: list[Path]) -> ShardStats:
         stats.samples += len(index)
         stats.bytes += index.header["shard_bytes"]
         for number, extensions in enumerate(index.signatures):
-            stats.subsets[extensions] += index.header["signature_counts"][number]
+            stats.subsets[tuple(sorted(extensions))] += index.header["signature_counts"][number]
             first = index.first_member[index.signature == number].astype(np.int64)
             for place, extension in enumerate(extensions):
                 stats.member_bytes.setdefault(extension, []).append(np.asarray(index.member_size[first + place]))

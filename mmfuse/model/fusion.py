@@ -47,8 +47,9 @@ class Attention(nn.Module):
         null_k, null_v = (
             null.to(x_ND.dtype).view(1, 1, self.num_heads, -1) for null in (self.null_key, self.null_value)
         )
-        # Empty, but connected to everything: a rank without any token still has every gradient.
-        outputs = [q_NHd[:0] + k_NHd[:0] + v_NHd[:0] + (null_k + null_v)[0, :0]]
+        # Empty, but connected to everything: a rank without any token still has every gradient. Cut first, then added:
+        # the gradients of a sum are one memory, in which DDP would overwrite the first by the second.
+        outputs = [q_NHd[:0] + k_NHd[:0] + v_NHd[:0] + null_k[0, :0] + null_v[0, :0]]
         for group in layout.groups:
             size = len(group.key_gk)
             k = torch.cat([null_k.expand(size, -1, -1, -1), k_NHd[group.key_gk]], dim=1)

@@ -132,6 +132,13 @@ def test_a_file_that_is_no_settings_is_told_with_its_path(tmp_path: Path, text: 
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_files_that_extend_each_other_are_told(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "b.yaml", {"extends": "c.yaml"})
+    write_yaml(tmp_path / "c.yaml", {"extends": "a.yaml"})
+    with pytest.raises(ConfigError, match=r"a.yaml: extends itself \(`extends` of .*c.yaml\)"):
+        load_yaml(write_yaml(tmp_path / "a.yaml", {"extends": "b.yaml"}))
+
+
 def test_overlay_merges_mappings_and_replaces_everything_else() -> None:
     base = {"a": {"b": 1, "c": [1, 2]}, "d": 1, "e": {"f": 1}}
     over = {"a": {"c": [3], "new": 2}, "d": {"x": 1}, "e": None}

@@ -106,6 +106,12 @@ def test_the_order_changes_with_seed_and_epoch() -> None:
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
+def test_a_lane_begins_every_epoch_in_other_shards() -> None:
+    plan = make_plan([30] * 64, global_batch=8, lanes=8, window_shards=1)
+    starts = [frozenset(plan.rows(epoch * 64 * 30 // 8, 0, 8)[:, 1] // 30) for epoch in range(4)]
+    assert len(set(starts)) == 4
+
+
 def test_a_lane_reads_few_shards_at_a_time_where_there_are_many() -> None:
     plan = make_plan([30] * 64, global_batch=8, lanes=8, window_shards=2)
     shards = rows_of(plan, 0, 40)[:, 1].reshape(40, 8) // 30

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -142,19 +143,34 @@ RECIPES: dict[str, Callable[[], Result]] = {
 }
 
 
-@functools.cache
 def results_on_ranks() -> dict[int, list[dict[str, Result]]]:
     """By world size what each rank's recipes gave."""
-    with tempfile.TemporaryDirectory() as folder:
+    results, errors = _start_ranks()
+    assert not errors, errors
+    return results
+
+
+@functools.cache
+def _start_ranks() -> tuple[dict[int, list[dict[str, Result]]], str]:
+    """The results, or what the first process to fail said: the others would wait for it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         environment.pop("RANK", None)
-        command = [sys.executable, "-m", "unit.objectives.ranks", folder]
-        processes = [subprocess.Popen([*command, str(number)], env=environment) for number in range(max(WORLD_SIZES))]
-        failed = [process.wait(timeout=300) for process in processes]
-        assert not any(failed), f"exit codes {failed}; what went wrong is in the output"
-        return {
-            size: [torch.load(Path(folder) / f"{size}-{number}.pt") for number in range(size)] for size in WORLD_SIZES
-        }
+        processes = []
+        for number in range(max(WORLD_SIZES)):
+            command = [sys.executable, "-m", "unit.objectives.ranks", name, str(number)]
+            with open(folder / f"{number}.log", "w") as log:
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.1)
+        for process in processes:
+            process.kill()
+            process.wait()
+        for number, code in enumerate(codes):
+            if code:
+                return {}, f"rank {number} ended with {code}: " + (folder / f"{number}.log").read_text()
+        return {size: [torch.load(folder / f"{size}-{r}.pt") for r in range(size)] for size in WORLD_SIZES}, ""
 
 
 @functools.cache

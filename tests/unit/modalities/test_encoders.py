@@ -1,0 +1,85 @@
+"""Our encoders give what the libraries give from the same weights, and padding changes nothing."""
+
+import timm
+import torch
+from batches import LETTERS, random_features, tiny_model, tiny_processors
+from transformers import ASTConfig, ASTModel, BertConfig, BertModel
+
+from mmfuse.modalities import audio, image, text
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def collated(modality: str, seeds: range):
+    return tiny_processors()[modality].collate([random_features(modality, seed=seed) for seed in seeds])
+
+
+def built(modality: str):
+    return tiny_model().modality_configs[modality].build_encoder().eval()
+
+
+def test_text_from_a_local_folder_equals_the_library(tmp_path):
+    bert = BertModel(BertConfig(vocab_size=6368, **SIZES), add_pooling_layer=False).eval()
+    bert.save_pretrained(tmp_path)
+    encoder = text.Config(pretrained=str(tmp_path), pooling="cls").build_encoder().eval()
+    inputs = collated("text", range(5))
+    expected = bert(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"].long()).last_hidden_state
+    output = encoder(inputs)
+    assert encoder.width == 16
+    torch.testing.assert_close(output.tokens, expected, rtol=0, atol=0)
+    torch.testing.assert_close(output.pooled, expected[:, 0], rtol=0, atol=0)
+
+
+def test_image_from_a_local_file_equals_the_library_with_its_own_normalisation(tmp_path):
+    sizes = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    config = image.Config(pretrained=str(tmp_path / "vit.pt"), image_size=32, hidden_size=24, num_layers=1, num_heads=3)
+    encoder = config.build_encoder().eval()
+    inputs = collated("image", range(3))
+    mean, std = (torch.tensor(vit.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    assert mean.flatten().tolist() == [0.5, 0.5, 0.5]   # augreg, not ImageNet's
+    expected = vit.forward_features((inputs["pixels"] / 255 - mean) / std)
+    torch.testing.assert_close(encoder(inputs).tokens, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_audio_from_a_local_folder_equals_the_library_on_a_full_clip(tmp_path):
+    shape = {"patch_size": 16, "frequency_stride": 16, "time_stride": 8, "max_length": 32, "num_mel_bins": 32}
+    ast = ASTModel(ASTConfig(**SIZES, **shape)).eval()
+    ast.save_pretrained(tmp_path)
+    encoder = audio.Config(pretrained=str(tmp_path), clip_seconds=0.32, num_mel_bins=32, pooling="cls").build_encoder()
+    fbank = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
+    output = encoder.eval()({"fbank": fbank, "frames": torch.tensor([32, 32])})
+    expected = ast(input_values=fbank)
+    torch.testing.assert_close(output.pooled, expected.pooler_output, rtol=1e-5, atol=1e-6)
+    patches = expected.last_hidden_state[:, 2:].unflatten(1, (2, 3)).mean(1)   # 2 bands, 3 times
+    torch.testing.assert_close(output.tokens, patches, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_does_not_depend_on_its_batch_mates_or_their_padding():
+    for modality in LETTERS.values():
+        encoder = built(modality)
+        together, alone = encoder(collated(modality, range(6))), encoder(collated(modality, range(2, 3)))
+        length = int(alone.mask[0].sum())
+        torch.testing.assert_close(together.pooled[2], alone.pooled[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.tokens[2, :length], alone.tokens[0, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_sound_after_the_last_real_patch_is_not_heard():
+    encoder = built("audio")
+    fbank = torch.randn(1, 32, 16, generator=torch.Generator().manual_seed(1))
+    other = fbank.clone()
+    other[:, 24:] += 3.0   # patches start at 0, 8, 16 and are 16 long; the last real one ends at 24
+    frames = torch.tensor([9])
+    first, second = (encoder({"fbank": x, "frames": frames}) for x in (fbank, other))
+    assert first.mask.tolist() == [[True, True, False]]
+    torch.testing.assert_close(first.pooled, second.pooled, rtol=0, atol=1e-6)
+    heard = encoder({"fbank": other, "frames": torch.tensor([32])})
+    assert not torch.allclose(heard.pooled, second.pooled, atol=1e-3)
+
+
+def test_a_fresh_ast_starts_with_tame_gradients():
+    encoder = built("audio").train()
+    encoder(collated("audio", range(4))).pooled.square().sum().backward()
+    norm = encoder.ast.embeddings.cls_token.grad.norm()
+    assert norm < 10, f"{norm}: transformers' zero tokens would give thousands"

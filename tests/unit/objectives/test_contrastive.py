@@ -1,0 +1,122 @@
+"""Pair contrastive in one process: who is a query, who is a candidate, and the learned scale."""
+
+import math
+
+import pytest
+import torch
+from batches import make_batch, make_samples, tiny_model
+from torch import Tensor
+from unit.objectives.ranks import contrastive_inputs
+
+from mmfuse.errors import ConfigError
+from mmfuse.objectives.contrastive import LARGEST_LOGIT_SCALE, Config, Contrastive, exp_clamped
+
+MIXED = "tia ti t ta ia i a tia - ti"
+
+
+def embed(presence: str, *, seed: int = 0) -> dict[str, Tensor]:
+    """Random unit vectors in fp64, zeros where a row lacks the modality, as the model gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = presence.split()
+    embeddings = {}
+    for letter, name in zip("tia", ("text", "image", "audio"), strict=True):
+        unit = torch.nn.functional.normalize(torch.randn(len(rows), 5, generator=generator, dtype=torch.float64), dim=-1)
+        has = torch.tensor([letter in row for row in rows])
+        embeddings[name] = (unit * has[:, None]).requires_grad_()
+    return embeddings
+
+
+def contrast(embeddings: dict[str, Tensor], presence: str, groups: list[int] | None = None) -> dict[str, Tensor]:
+    batch = make_batch(make_samples(presence, groups=groups))
+    return Config().build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch))
+
+
+def info_nce_by_hand(a: Tensor, b: Tensor, present: list[tuple[bool, bool]], groups: list[int]) -> float:
+    """The definition, one logit at a time."""
+    scale, paired = 1 / 0.07, [row for row, both in enumerate(present) if all(both)]
+    total = 0.0
+    for own, other, side in ((a, b, 1), (b, a, 0)):
+        for row in paired:
+            allowed = [c for c in range(len(groups)) if present[c][side] and (c == row or groups[c] != groups[row])]
+            exponents = {c: math.exp(scale * float(own[row] @ other[c])) for c in allowed}
+            total -= math.log(exponents[row] / sum(exponents.values())) / 2
+    return total / len(paired)
+
+
+@pytest.mark.parametrize("groups", [list(range(10)), [0, 1, 2, 0, 4, 1, 0, 7, 8, 7]])
+def test_loss_is_the_definition_with_extra_negatives_and_groups(groups: list[int]) -> None:
+    embeddings = embed(MIXED)
+    terms = contrast(embeddings, MIXED, groups)
+    assert list(terms) == ["text-image", "text-audio", "image-audio"]
+    for pair, loss in terms.items():
+        a, b = pair.split("-")
+        present = [(a[0] in row, b[0] in row) for row in MIXED.split()]
+        expected = info_nce_by_hand(embeddings[a], embeddings[b], present, groups) / 3
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)  # the scale starts as an fp32 number
+
+
+def test_a_picture_without_caption_is_a_negative_and_one_of_the_same_group_is_none() -> None:
+    for groups, is_negative in (([0, 1, 2], True), ([0, 1, 0], False)):
+        embeddings = embed("ti ti i")
+        sum(contrast(embeddings, "ti ti i", groups).values()).backward()
+        gradient = embeddings["image"].grad
+        assert gradient is not None and gradient[:2].abs().sum(1).gt(0).all()
+        assert bool(gradient[2].abs().sum() > 0)  # negative of the second caption in any case
+        embeddings = embed("ti i")
+        sum(contrast(embeddings, "ti i", groups[:1] + groups[2:]).values()).backward()
+        assert embeddings["image"].grad is not None
+        assert bool(embeddings["image"].grad[1].abs().sum() > 0) is is_negative
+
+
+def test_without_a_pair_every_term_is_an_exact_zero_that_has_gradients() -> None:
+    embeddings, presence = embed("t i a t -"), "t i a t -"
+    batch = make_batch(presence)
+    objective = Config().build(tiny_model(), seed=0).double()
+    terms = objective(contrastive_inputs(embeddings, batch))
+    assert all(loss.item() == 0.0 for loss in terms.values()) and len(terms) == 3
+    sum(terms.values()).backward()
+    leaves = [*embeddings.values(), *objective.parameters()]
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
+def test_weights_of_pairs_are_relative_and_a_pair_of_weight_zero_is_left_out() -> None:
+    embeddings, batch = embed(MIXED), make_batch(MIXED)
+    every = Config().build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch))
+    config = Config(pairs={"image-text": 3, "text-audio": 1, "image-audio": 0})
+    chosen = config.build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch))
+    assert list(chosen) == ["text-image", "text-audio"]
+    torch.testing.assert_close(chosen["text-image"], every["text-image"] * 3 * 3 / 4)
+    torch.testing.assert_close(chosen["text-audio"], every["text-audio"] * 3 / 4)
+
+
+@pytest.mark.parametrize("pairs", [{"text-smell": 1}, {"text": 1}, {"text-image": 0}, {}])
+def test_pairs_that_train_nothing_are_refused(pairs: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="contrastive"):
+        Config(pairs=pairs).build(tiny_model(), seed=0)
+
+
+def test_the_scale_stays_within_bounds_and_may_leave_them_inwards_only() -> None:
+    # Gradient descent moves against the sign of the gradient.
+    for start, sign, moves in (
+        (LARGEST_LOGIT_SCALE + 1, 1.0, True),
+        (LARGEST_LOGIT_SCALE + 1, -1.0, False),
+        (-0.5, -1.0, True),
+        (-0.5, 1.0, False),
+        (2.0, 1.0, True),
+        (2.0, -1.0, True),
+    ):
+        log_scale = torch.tensor([start], requires_grad=True)
+        scale = exp_clamped(log_scale)
+        assert 1 <= scale.item() <= 100.001
+        (sign * scale).sum().backward()
+        assert log_scale.grad is not None and bool(log_scale.grad.item()) is moves
+        if moves:
+            assert log_scale.grad.item() == pytest.approx(sign * scale.item())
+
+
+def test_logits_stay_in_fp32_under_autocast() -> None:
+    embeddings = {name: x.detach().float() for name, x in embed(MIXED).items()}
+    objective, inputs = Contrastive({("text", "image"): 1.0}), contrastive_inputs(embeddings, make_batch(MIXED))
+    expected = objective(inputs)["text-image"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(objective(inputs)["text-image"], expected)

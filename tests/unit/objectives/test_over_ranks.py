@@ -1,0 +1,60 @@
+"""Every objective over two and three processes, with rows missing here and there, is the same as in one."""
+
+import pytest
+import torch
+from batches import ALL_OBJECTIVES
+from open_clip.loss import ClipLoss
+from unit.objectives.ranks import (
+    GROUPS,
+    SCENARIOS,
+    WORLD_SIZES,
+    pair_embeddings,
+    result_alone,
+    results_on_ranks,
+)
+
+from mmfuse.distributed import slice_of_rank
+
+TOLERANCE = 1e-12
+"""fp64, relative to the largest number of a tensor."""
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("objective", ALL_OBJECTIVES)
+@pytest.mark.parametrize("size", WORLD_SIZES)
+def test_loss_and_gradients_do_not_know_the_world_size(size: int, objective: str, scenario: str) -> None:
+    recipe = f"{scenario} {objective}"
+    alone, ranks = result_alone(recipe), [results[recipe] for results in results_on_ranks()[size]]
+    assert alone["loss"] > 0
+    assert error(torch.stack([result["loss"] for result in ranks]).mean(), alone["loss"]) < TOLERANCE
+    for name in alone.keys() - {"loss"}:
+        for result in ranks:
+            assert error(result[name], alone[name]) < TOLERANCE, name
+
+
+def test_the_scenarios_have_what_they_promise() -> None:
+    uneven, idle = SCENARIOS["uneven"].split(), SCENARIOS["idle"].split()
+    parts = [uneven[slice_of_rank(len(uneven), rank=r, world_size=3)] for r in range(3)]
+    assert len({len(part) for part in parts}) == 2
+    assert not any("a" in row for row in parts[2]) and not any("i" in row for row in parts[0])
+    assert set(idle[slice_of_rank(len(idle), rank=0, world_size=3)]) == {"t"}
+    assert all(groups is None or len(groups) == len(SCENARIOS[name].split()) for name, groups in GROUPS.items())
+    assert all(result["loss"].isfinite() for results in results_on_ranks()[3] for result in results.values() if "loss" in result)
+
+
+@pytest.mark.parametrize("size", (1, *WORLD_SIZES))
+def test_contrastive_is_open_clip_on_complete_batches(size: int) -> None:
+    embeddings = pair_embeddings().requires_grad_()
+    log_scale = torch.tensor([1 / 0.07]).log().double().requires_grad_()
+    loss = ClipLoss()(embeddings[:, 0], embeddings[:, 1], log_scale.exp())
+    loss.backward()
+    recipe = "contrast_complete_pairs"
+    ranks = [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks()[size]]
+    assert error(torch.stack([result["loss"] for result in ranks]).mean(), loss.detach()) < TOLERANCE
+    # Each rank's loss is `size` times its part, for engines take the mean of gradients.
+    assert error(torch.cat([result["embeddings"] for result in ranks]) / size, embeddings.grad) < TOLERANCE
+    assert error(torch.stack([result["scale"] for result in ranks]).mean(0), log_scale.grad) < TOLERANCE
