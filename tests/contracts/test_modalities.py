@@ -1,0 +1,45 @@
+"""Every file in `mmfuse/modalities` keeps the contract of `base.py`."""
+
+import pkgutil
+
+import pytest
+import torch
+from helpers import picture_bytes, sound_bytes
+
+from mmfuse import modalities
+from mmfuse.config import find_plugin
+from mmfuse.modalities.base import Encoder, ModalityConfig
+
+NAMES = [module.name for module in pkgutil.iter_modules(modalities.__path__) if module.name != "base"]
+MEMBERS = {"text": [b"a red apple", b"sun"], "image": [picture_bytes(1), picture_bytes(2)]}
+MEMBERS["audio"] = [sound_bytes(1, seconds=0.5), sound_bytes(2, seconds=1.0)]
+"""Two members by modality; a new modality adds its own here, with its tests."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_members_become_rows_and_rows_become_tokens(name):
+    module = find_plugin("mmfuse.modalities", name)
+    config = module.Config()
+    assert isinstance(config, ModalityConfig)
+    assert module.EXTENSIONS and all(extension == extension.lower().strip(".") for extension in module.EXTENSIONS)
+    processor = config.build_processor()
+    inputs = processor.collate([processor(data, seed=seed) for data, seed in zip(MEMBERS[name], (None, 1), strict=True)])
+    assert {len(tensor) for tensor in inputs.values()} == {2}
+
+    encoder = config.build_encoder()
+    assert isinstance(encoder, Encoder)
+    for rows, size in ((inputs, 2), (encoder.minimal_inputs(torch.device("cpu")), 1)):
+        output = encoder(rows)
+        assert output.tokens.shape == (size, output.mask.shape[1], encoder.width)
+        assert output.mask.dtype == torch.bool and output.mask.any(1).all()
+        assert output.pooled.shape == (size, encoder.width)
+        assert torch.isfinite(output.pooled).all()
+    assert set(encoder.minimal_inputs(torch.device("cpu"))) == set(inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_takes_part(name):
+    encoder = find_plugin("mmfuse.modalities", name).Config().build_encoder()
+    output = encoder(encoder.minimal_inputs(torch.device("cpu")))
+    (output.tokens.sum() + output.pooled.sum()).backward()
+    assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
