@@ -62,8 +62,9 @@ def _add_eval(commands) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="score a checkpoint: retrieval in all directions, beside chance and a random model",
-        description="Evaluates a checkpoint on its run's validation sets and writes report.html and report.json.",
-        epilog="Example: mmfuse eval runs/quickstart/checkpoints/step_00000300",
+        description="Evaluates a checkpoint, in this one process, on its run's validation sets and writes report.html "
+        "and report.json.",
+        epilog="Example: mmfuse eval runs/quickstart/checkpoints/step_00000400",
     )
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder step_NNNNNNNN of a run")
     evaluate.add_argument(
@@ -177,14 +178,13 @@ def _index(paths: list[str], *, force: bool) -> tuple[dict[Path, str], int, int]
 def _shards_check(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from mmfuse.config import find_plugin, plugin_names
     from mmfuse.data.checks import check_members
     from mmfuse.data.recipe import find_shards
-    from mmfuse.modalities import audio, image, text
 
     damaged, samples, _ = _index(options.paths, force=True)
-    readers = {
-        module.__name__: (module.EXTENSIONS, module.Config().build_processor()) for module in (text, image, audio)
-    }
+    modalities = [find_plugin("mmfuse.modalities", name) for name in plugin_names("mmfuse.modalities")]
+    readers = {module.__name__: (module.EXTENSIONS, module.Config().build_processor()) for module in modalities}
     bad = list(damaged.values())
     whole = [shard for shard in find_shards(tuple(options.paths)) if shard not in damaged]
     for shard in tqdm(whole, desc="checking", unit="shard", leave=False):

@@ -70,14 +70,19 @@ def suggest(name: object, known: Iterable[str]) -> str:
     return f"{name!r}; did you mean {near[0]!r}?" if near else f"{name!r}; known: {', '.join(known) or 'none'}"
 
 
+def plugin_names(package: str) -> list[str]:
+    """The plugins of a folder: every file but the contract, `base.py`."""
+    folder = importlib.import_module(package)
+    return [module.name for module in pkgutil.iter_modules(folder.__path__) if module.name != "base"]
+
+
 def find_plugin(package: str, name: str) -> ModuleType:
     """The module `package.name`: a file in that folder is all it takes to add a modality or an objective.
 
     Raises:
         ConfigError: no such file; the message names the nearest.
     """
-    folder = importlib.import_module(package)
-    known = [module.name for module in pkgutil.iter_modules(folder.__path__) if module.name != "base"]
+    known = plugin_names(package)
     if name not in known:
         raise ConfigError(f"there is no file for {suggest(name, known)}")
     return importlib.import_module(f"{package}.{name}")

@@ -28,7 +28,9 @@ def tiny_model(letters: str = "tia", **changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({"modalities": modalities, **settings, **changes})
 
 
-def objective_configs(names: Sequence[str] = ALL_OBJECTIVES, **settings: Mapping[str, Any]) -> dict[str, ObjectiveConfig]:
+def objective_configs(
+    names: Sequence[str] = ALL_OBJECTIVES, **settings: Mapping[str, Any]
+) -> dict[str, ObjectiveConfig]:
     """Objectives with their defaults, or with the settings given by name."""
     return {name: find_plugin("mmfuse.objectives", name).Config(**settings.get(name, {})) for name in names}
 
@@ -49,7 +51,9 @@ def make_samples(presence: str, *, groups: Sequence[int] | None = None) -> list[
             sample_id=number,
             group_id=100 + number if groups is None else groups[number],
             key=str(number),
-            features={name: random_features(name, seed=number) for letter, name in LETTERS.items() if letter in pattern},
+            features={
+                name: random_features(name, seed=number) for letter, name in LETTERS.items() if letter in pattern
+            },
         )
         for number, pattern in enumerate(patterns)
     ]
@@ -59,7 +63,9 @@ def random_features(modality: str, *, seed: int) -> Features:
     """What the tiny processors could make of a member; lengths differ from seed to seed."""
     generator = torch.Generator().manual_seed(seed)
     if modality == "text":
-        words = torch.randint(FIRST_WORD, 6368, (int(torch.randint(1, 6, (), generator=generator)),), generator=generator)
+        words = torch.randint(
+            FIRST_WORD, 6368, (int(torch.randint(1, 6, (), generator=generator)),), generator=generator
+        )
         return {"input_ids": torch.cat([torch.tensor([CLS]), words, torch.tensor([SEP])])}
     if modality == "image":
         return {"pixels": torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8)}

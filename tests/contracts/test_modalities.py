@@ -1,16 +1,13 @@
 """Every file in `mmfuse/modalities` keeps the contract of `base.py`."""
 
-import pkgutil
-
 import pytest
 import torch
 from helpers import picture_bytes, sound_bytes
 
-from mmfuse import modalities
-from mmfuse.config import find_plugin
+from mmfuse.config import find_plugin, plugin_names
 from mmfuse.modalities.base import Encoder, ModalityConfig
 
-NAMES = [module.name for module in pkgutil.iter_modules(modalities.__path__) if module.name != "base"]
+NAMES = plugin_names("mmfuse.modalities")
 MEMBERS = {"text": [b"a red apple", b"sun"], "image": [picture_bytes(1), picture_bytes(2)]}
 MEMBERS["audio"] = [sound_bytes(1, seconds=0.5), sound_bytes(2, seconds=1.0)]
 """Two members by modality; a new modality adds its own here, with its tests."""
@@ -23,7 +20,9 @@ def test_members_become_rows_and_rows_become_tokens(name):
     assert isinstance(config, ModalityConfig)
     assert module.EXTENSIONS and all(extension == extension.lower().strip(".") for extension in module.EXTENSIONS)
     processor = config.build_processor()
-    inputs = processor.collate([processor(data, seed=seed) for data, seed in zip(MEMBERS[name], (None, 1), strict=True)])
+    inputs = processor.collate(
+        [processor(data, seed=seed) for data, seed in zip(MEMBERS[name], (None, 1), strict=True)]
+    )
     assert {len(tensor) for tensor in inputs.values()} == {2}
 
     encoder = config.build_encoder()

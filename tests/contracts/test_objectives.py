@@ -1,14 +1,12 @@
 """Every file in `mmfuse/objectives` keeps the contract of `base.py`; over several ranks: `unit/objectives`."""
 
-import pkgutil
-
 import pytest
 import torch
 from batches import make_batch, make_samples, tiny_task
 
-from mmfuse import objectives
+from mmfuse.config import plugin_names
 
-NAMES = [module.name for module in pkgutil.iter_modules(objectives.__path__) if module.name != "base"]
+NAMES = plugin_names("mmfuse.objectives")
 BATCH = "tia tia ti ta ia tia t"
 
 

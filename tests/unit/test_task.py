@@ -39,7 +39,7 @@ def test_the_calls_are_the_same_whatever_the_batch_holds():
     task = tiny_task()
     expected = calls_of(task, COMPLETE)
     assert expected.count("model.encoders.image") == 1
-    assert expected.count("model.encoders.text") == 2   # once more with masked words
+    assert expected.count("model.encoders.text") == 2  # once more with masked words
     for pattern in PATTERNS:
         assert calls_of(task, pattern) == expected, pattern
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_MODALITIES, sample_members, write_data_set
+from helpers import TINY_MODALITIES, picture_bytes, sample_members, write_data_set, write_tar
 
+from mmfuse.data.checks import index_shards
 from mmfuse.data.decode import SampleDecoder, choose_caption
 from mmfuse.data.mixture import SourceConfig, open_source
 from mmfuse.data.recipe import MemberRule
@@ -45,6 +46,16 @@ def test_training_tensors_depend_on_seed_epoch_and_sample_alone(recipe: Path) ->
     assert differing(decoder(SampleRef(0, 2, 0)), first) == set()
     assert {"image", "audio"} <= differing(decoder(SampleRef(0, 2, 1)), first)
     assert {"image", "audio"} <= differing(make_decoder(recipe, seed=2)(SampleRef(0, 2, 0)), first)
+
+
+def test_two_samples_of_the_same_bytes_are_augmented_differently(tmp_path: Path) -> None:
+    recipe = write_data_set(tmp_path / "set", shard_sizes=(2,), modalities=["image"], index=False)
+    write_tar(tmp_path / "set/train-0.tar", {"0.jpg": picture_bytes(1), "1.jpg": picture_bytes(1)})
+    list(index_shards([tmp_path / "set/train-0.tar"]))
+    decoder = make_decoder(recipe, seed=1)
+    assert differing(decoder(SampleRef(0, 0, 0)), decoder(SampleRef(0, 1, 0))) == {"image"}
+    decoder = make_decoder(recipe, seed=None)
+    assert differing(decoder(SampleRef(0, 0, 0)), decoder(SampleRef(0, 1, 0))) == set()
 
 
 def test_evaluation_tensors_are_the_same_in_every_epoch(recipe: Path) -> None:

@@ -38,7 +38,7 @@ def test_collapsed_embeddings_find_nothing():
 def test_a_nan_is_never_a_good_answer():
     queries, gallery = unit_rows(40, seed=0), unit_rows(40, seed=0)
     assert (rank_of_right_answer(queries, gallery, EYE) == 0).all()
-    gallery[3] = torch.nan   # right for one, wrong for the others: ahead of all their answers
+    gallery[3] = torch.nan  # right for one, wrong for the others: ahead of all their answers
     ranks = rank_of_right_answer(queries, gallery, EYE)
     assert (ranks[torch.arange(40) != 3] == 1).all()
     queries[5] = torch.nan
@@ -62,9 +62,9 @@ def test_a_direction_counts_only_samples_that_have_both_ends():
     embedded = EmbeddedSet({"text": rows, "image": rows}, present, torch.tensor([10, 11, 12, 10]))
     scores = evaluate_retrieval(embedded, EvaluationConfig(recall_at=(1,), num_examples=2))
     there, back = scores["text->image"], scores["image->text"]
-    assert (there["queries"], there["gallery"]) == (2, 3)   # row 1 has no picture to find
-    assert (back["queries"], back["gallery"]) == (2, 3)   # row 2 has no text to find
+    assert (there["queries"], there["gallery"]) == (2, 3)  # row 1 has no picture to find
+    assert (back["queries"], back["gallery"]) == (2, 3)  # row 2 has no text to find
     assert there["R@1"] == back["R@1"] == 1.0
-    assert there["chance R@1"] == pytest.approx(2 / 3)   # rows 0 and 3 are one group
+    assert there["chance R@1"] == pytest.approx(2 / 3)  # rows 0 and 3 are one group
     assert [example["query"] for example in there["examples"]] == [0, 3]
     assert there["examples"][0]["answers"][0] == 0

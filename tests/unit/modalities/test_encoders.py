@@ -38,7 +38,7 @@ def test_image_from_a_local_file_equals_the_library_with_its_own_normalisation(t
     encoder = config.build_encoder().eval()
     inputs = collated("image", range(3))
     mean, std = (torch.tensor(vit.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    assert mean.flatten().tolist() == [0.5, 0.5, 0.5]   # augreg, not ImageNet's
+    assert mean.flatten().tolist() == [0.5, 0.5, 0.5]  # augreg, not ImageNet's
     expected = vit.forward_features((inputs["pixels"] / 255 - mean) / std)
     torch.testing.assert_close(encoder(inputs).tokens, expected, rtol=1e-5, atol=1e-5)
 
@@ -52,7 +52,7 @@ def test_audio_from_a_local_folder_equals_the_library_on_a_full_clip(tmp_path):
     output = encoder.eval()({"fbank": fbank, "frames": torch.tensor([32, 32])})
     expected = ast(input_values=fbank)
     torch.testing.assert_close(output.pooled, expected.pooler_output, rtol=1e-5, atol=1e-6)
-    patches = expected.last_hidden_state[:, 2:].unflatten(1, (2, 3)).mean(1)   # 2 bands, 3 times
+    patches = expected.last_hidden_state[:, 2:].unflatten(1, (2, 3)).mean(1)  # 2 bands, 3 times
     torch.testing.assert_close(output.tokens, patches, rtol=1e-5, atol=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_sound_after_the_last_real_patch_is_not_heard():
     encoder = built("audio")
     fbank = torch.randn(1, 32, 16, generator=torch.Generator().manual_seed(1))
     other = fbank.clone()
-    other[:, 24:] += 3.0   # patches start at 0, 8, 16 and are 16 long; the last real one ends at 24
+    other[:, 24:] += 3.0  # patches start at 0, 8, 16 and are 16 long; the last real one ends at 24
     frames = torch.tensor([9])
     first, second = (encoder({"fbank": x, "frames": frames}) for x in (fbank, other))
     assert first.mask.tolist() == [[True, True, False]]

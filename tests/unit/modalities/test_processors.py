@@ -56,7 +56,7 @@ def test_a_long_recording_is_cropped_at_a_seeded_place_and_at_its_start_in_evalu
     assert len(start) == 50
     assert torch.equal(start, processor(wav_bytes(ramp[:16_000]), seed=None)["fbank"])
     loudest = {int(processor(wav_bytes(ramp), seed=seed)["fbank"].mean(0).argmax()) for seed in range(8)}
-    assert len(loudest) > 3   # the pitch tells the place
+    assert len(loudest) > 3  # the pitch tells the place
 
 
 def test_what_is_not_what_it_says_is_refused():

@@ -1,117 +1,158 @@
-"""Packed fusion equals dense attention with a mask, for any subset of modalities."""
+"""Packed fusion equals a dense masked one, and no sample knows of another."""
+
+import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor
+from unit.model.token_batches import NAMES, WIDTH, make_tokens, random_presence, stream_of
 
-from mmfuse.model.fusion import Attention, Block, Fusion, FusionConfig
+from mmfuse.model.fusion import Attention, Fusion, FusionConfig
 from mmfuse.model.pack import pack, unpack
 from mmfuse.types import TokenBatch
 
-WIDTH, NAMES = 12, ("text", "image", "audio")
-PRESENCE = ["tia", "t", "ia", "ti", "a", "", "ta", "tia", "i"]
+EVERY_KIND = "tia ti ta ia t i a - tia"
 
 
-def make_tokens(presence: list[str], *, seed: int = 0) -> TokenBatch:
-    """Random tokens of samples that have these modalities; text and sound differ in length."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, masks, rows = {}, {}, {}
-    for name, longest in zip(NAMES, (5, 4, 6), strict=True):
-        has = torch.tensor([row for row, letters in enumerate(presence) if name[0] in letters], dtype=torch.int64)
-        tokens[name] = torch.randn(len(presence), longest, WIDTH, generator=generator, dtype=torch.float64)[has]
-        lengths = torch.randint(1, longest + 1, (len(presence),), generator=generator)[has]
-        masks[name] = torch.arange(longest) < (lengths[:, None] if name != "image" else longest)
-        masks[name] = masks[name].expand(len(has), longest).clone()
-        rows[name] = has
-    return TokenBatch(tokens, masks, rows, len(presence))
-
-
-def fusion() -> Fusion:
+def build() -> Fusion:
     torch.manual_seed(0)
-    built = Fusion(FusionConfig(num_layers=2, num_heads=3), modalities=NAMES, width=WIDTH).double()
-    for parameter in built.parameters():   # zeros and tiny values would hide mistakes
-        nn.init.normal_(parameter, std=0.5)
-    return built
-
-
-def dense_attention(attention: Attention, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """The same with one dense mask over all tokens, the null key in front."""
-    heads = [linear(x).unflatten(-1, (attention.num_heads, -1)) for linear in (attention.query, attention.key)]
-    q, k, v = *heads, attention.value(x).unflatten(-1, (attention.num_heads, -1))
-    k = torch.cat([attention.null_key.view(1, attention.num_heads, -1), k])
-    v = torch.cat([attention.null_value.view(1, attention.num_heads, -1), v])
-    mask = torch.cat([torch.ones(len(x), 1, dtype=torch.bool), visible], dim=1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    return attention.output(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
-
-
-def dense_fusion(model: Fusion, batch: TokenBatch) -> torch.Tensor:
-    """The stream of all real tokens, modality after modality, through dense attention."""
-    sample = torch.cat([batch.rows[n][:, None].expand_as(batch.masks[n])[batch.masks[n]] for n in NAMES])
-    modality = torch.cat([torch.full((int(batch.masks[n].sum()),), i) for i, n in enumerate(NAMES)])
-    x = torch.cat([batch.tokens[n][batch.masks[n]] for n in NAMES]) + model.modality_embedding[modality]
-    same_sample, same_modality = sample[:, None] == sample, modality[:, None] == modality
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        x = x + dense_attention(block.within, block.within_norm(x), same_sample & same_modality)
-        x = x + dense_attention(block.across, block.across_norm(x), same_sample & ~same_modality)
-        x = x + block.mlp(block.mlp_norm(x))
-    return model.norm(x)
-
-
-def test_packed_equals_dense_in_value_and_gradient():
-    model, batch = fusion(), make_tokens(PRESENCE)
-    packed, _ = model(batch)
-    packed = torch.cat([packed[name][batch.masks[name]] for name in NAMES])
-    dense = dense_fusion(model, batch)
-    torch.testing.assert_close(packed, dense, rtol=0, atol=1e-10)
-    direction = torch.randn(dense.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    gradients = [torch.autograd.grad((x * direction).sum(), list(model.parameters())) for x in (packed, dense)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-def test_unpacking_gives_back_what_was_packed():
-    batch = make_tokens(PRESENCE)
-    stream, packing = pack(batch)
-    assert len(stream) == sum(int(mask.sum()) for mask in batch.masks.values())
-    for name, tokens in unpack(stream, packing).items():
-        assert torch.equal(tokens, batch.tokens[name] * batch.masks[name].unsqueeze(-1))
-
-
-def test_a_sample_does_not_depend_on_its_batch_mates_or_their_padding():
-    model, batch = fusion(), make_tokens(PRESENCE)
-    _, pooled = model(batch)
-    for row, letters in enumerate(PRESENCE):
-        if not letters:
-            assert torch.equal(pooled[row], torch.zeros(WIDTH, dtype=torch.float64))
-            continue
-        alone = TokenBatch({}, {}, {}, 1)
-        for name in NAMES:
-            own = batch.rows[name] == row
-            longest = int(batch.masks[name][own].sum()) or 1
-            alone.tokens[name], alone.masks[name] = batch.tokens[name][own][:, :longest], batch.masks[name][own][:, :longest]
-            alone.rows[name] = torch.zeros(int(own.sum()), dtype=torch.int64)
-        torch.testing.assert_close(model(alone)[1][0], pooled[row], rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("presence", [["t", "t"], ["a"], ["", ""]])
-def test_every_parameter_has_a_finite_gradient_whatever_is_missing(presence):
-    model = fusion()
-    tokens, pooled = model(make_tokens(presence))
-    (pooled.square().sum() + sum(x.sum() for x in tokens.values())).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-    if presence[0]:
-        assert model.blocks[0].across.null_value.grad.norm() > 0   # all that a lone modality can look across to
-
-
-def test_evaluation_is_the_same_as_training():
-    model, batch = fusion(), make_tokens(PRESENCE)
+    fusion = Fusion(FusionConfig(num_layers=2, num_heads=4), modalities=NAMES, width=WIDTH).double()
     with torch.no_grad():
-        assert torch.equal(model.eval()(batch)[1], model.train()(batch)[1])
-    # torch's own attention has a fast path in evaluation that skips adapters.
-    kinds = {type(module) for module in model.modules()}
-    assert not kinds & {nn.MultiheadAttention, nn.TransformerEncoderLayer}
+        for parameter in fusion.parameters():  # so that no bias or null value starts at 0 and hides a mistake
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return fusion
+
+
+def attend_densely(attention: Attention, x_ND: Tensor, visible_NN: Tensor) -> Tensor:
+    """Softmax over all tokens of the rank and the null key, with everything forbidden at minus infinity."""
+    heads = attention.num_heads
+    split = [linear(x_ND).unflatten(-1, (heads, -1)) for linear in (attention.query, attention.key, attention.value)]
+    query = split[0]
+    key = torch.cat([attention.null_key.view(1, heads, -1), split[1]])
+    value = torch.cat([attention.null_value.view(1, heads, -1), split[2]])
+    scores = torch.einsum("nhd,mhd->hnm", query, key) / math.sqrt(query.shape[-1])
+    visible = torch.cat([visible_NN.new_ones(len(x_ND), 1), visible_NN], dim=1)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return attention.output(torch.einsum("hnm,mhd->nhd", weights, value).flatten(1))
+
+
+def fuse_densely(fusion: Fusion, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """The stream's fused tokens and the samples' pooled vectors, from the paper definition."""
+    x_ND, sample, modality = stream_of(batch)
+    x_ND = x_ND + fusion.modality_embedding[modality]
+    same_sample, same_modality = sample[:, None] == sample, modality[:, None] == modality
+    for block in fusion.blocks:
+        x_ND = x_ND + attend_densely(block.within, block.within_norm(x_ND), same_sample & same_modality)
+        x_ND = x_ND + attend_densely(block.across, block.across_norm(x_ND), same_sample & ~same_modality)
+        x_ND = x_ND + block.mlp(block.mlp_norm(x_ND))
+    x_ND = fusion.norm(x_ND)
+    pooled = []
+    for row in range(batch.num_rows):
+        parts = [x_ND[(sample == row) & (modality == m)] for m in range(3)]
+        means = [part.mean(0) for part in parts if len(part)]
+        pooled.append(torch.stack(means).mean(0) if means else x_ND.new_zeros(WIDTH))
+    return x_ND, torch.stack(pooled)
+
+
+def gradients(fusion: Fusion, batch: TokenBatch, x_ND: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+    """Of a function of everything that comes out."""
+    weights = torch.linspace(-1, 1, x_ND.numel() + pooled.numel(), dtype=torch.float64)
+    loss = (weights * torch.cat([x_ND.flatten(), pooled.flatten()]).square()).sum()
+    leaves = {**dict(fusion.named_parameters()), **batch.tokens}
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+@pytest.mark.parametrize("presence", [EVERY_KIND, "t t", "ia", *(random_presence(seed) for seed in range(4))])
+def test_packed_equals_dense_in_output_and_gradients(presence: str) -> None:
+    fusion, batch = build(), make_tokens(presence)
+    tokens, pooled = fusion(batch)
+    packed = torch.cat([tokens[name][batch.masks[name]] for name in NAMES])
+    dense, dense_pooled = fuse_densely(fusion, batch)
+    torch.testing.assert_close(packed, dense, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pooled, dense_pooled, rtol=0, atol=1e-12)
+    expected = gradients(fusion, batch, dense, dense_pooled)
+    for name, gradient in gradients(fusion, batch, packed, pooled).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def pick(batch: TokenBatch, row: int, *, padding: int) -> TokenBatch:
+    """One sample on its own, with more padding."""
+    tokens, masks, rows = {}, {}, {}
+    for name in NAMES:
+        mine = batch.rows[name] == row
+        extra = torch.full((int(mine.sum()), padding, WIDTH), 9.0, dtype=torch.float64)
+        tokens[name] = torch.cat([batch.tokens[name][mine], extra], dim=1)
+        masks[name] = torch.cat([batch.masks[name][mine], torch.zeros(extra.shape[:2], dtype=torch.bool)], dim=1)
+        rows[name] = torch.zeros(int(mine.sum()), dtype=torch.int64)
+    return TokenBatch(tokens, masks, rows, 1)
+
+
+def test_a_sample_s_output_does_not_depend_on_batch_mates_or_on_padding() -> None:
+    fusion, batch = build(), make_tokens(EVERY_KIND)
+    tokens, pooled = fusion(batch)
+    for row in range(batch.num_rows):
+        alone = pick(batch, row, padding=3)
+        own_tokens, own_pooled = fusion(alone)
+        torch.testing.assert_close(own_pooled[0], pooled[row], rtol=0, atol=1e-12)
+        for name in NAMES:
+            mine = batch.rows[name] == row
+            expected = tokens[name][mine][batch.masks[name][mine]]
+            torch.testing.assert_close(own_tokens[name][alone.masks[name]], expected, rtol=0, atol=1e-12)
+
+
+def test_padding_holds_zeros_afterwards_and_gets_no_gradient() -> None:
+    fusion, batch = build(), make_tokens(EVERY_KIND)
+    tokens, pooled = fusion(batch)
+    (pooled.square().sum() + sum(x.square().sum() for x in tokens.values())).backward()
+    for name in NAMES:
+        padding = ~batch.masks[name]
+        gradient = batch.tokens[name].grad
+        assert gradient is not None and not gradient[padding].any() and not tokens[name][padding].any()
+        assert gradient[batch.masks[name]].abs().sum(-1).gt(0).all()
+
+
+def test_a_sample_with_one_modality_sees_the_null_key_and_stays_finite() -> None:
+    fusion, batch = build(), make_tokens("t t")
+    tokens, pooled = fusion(batch)
+    pooled.square().sum().backward()
+    gradients = [parameter.grad for parameter in fusion.parameters()] + [batch.tokens["text"].grad]
+    assert tokens["text"].isfinite().all() and all(g is not None and g.isfinite().all() for g in gradients)
+    null_value = fusion.blocks[0].across.null_value.grad
+    assert null_value is not None and null_value.any()
+
+
+@pytest.mark.parametrize("presence", ["-", "- - -"])
+def test_a_rank_without_any_token_has_every_gradient_each_in_memory_of_its_own(presence: str) -> None:
+    fusion, batch = build(), make_tokens(presence)
+    tokens, pooled = fusion(batch)
+    assert torch.equal(pooled, torch.zeros_like(pooled)) and len(pooled) == len(presence.split())
+    (pooled.sum() + sum(x.sum() for x in tokens.values())).backward()
+    gradients = [parameter.grad for parameter in fusion.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+    # Two in one memory: DDP writes both averages there, and one parameter takes the other's.
+    assert len({gradient.data_ptr() for gradient in gradients if gradient is not None}) == len(gradients)
+
+
+def test_unpack_undoes_pack() -> None:
+    batch = make_tokens(EVERY_KIND)
+    x_ND, packing = pack(batch)
+    assert len(x_ND) == sum(int(mask.sum()) for mask in batch.masks.values())
+    for name, tokens in unpack(x_ND, packing).items():
+        assert torch.equal(tokens, batch.tokens[name] * batch.masks[name][..., None])
+
+
+def test_every_token_is_a_query_exactly_once_and_all_modules_run_once_whatever_the_batch() -> None:
+    fusion, calls = build(), []
+    for name, module in fusion.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    orders = []
+    for presence in (EVERY_KIND, "t i", "tia tia", "-"):
+        batch = make_tokens(presence)
+        x_ND, packing = pack(batch)
+        for layout in (packing.within, packing.across):
+            queries = torch.cat([g.query_gq[g.query_mask_gq] for g in layout.groups] or [torch.zeros(0)])
+            assert sorted(queries.tolist()) == list(range(len(x_ND)))
+        calls.clear()
+        fusion(batch)
+        orders.append(list(calls))
+    assert all(order == orders[0] for order in orders) and len(orders[0]) > 20

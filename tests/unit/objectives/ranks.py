@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmfuse.distributed import fetch_rows, gather_rows, rank, slice_of_rank, world_size
-from mmfuse.objectives.contrastive import Contrastive
 from mmfuse.objectives.base import StepInputs
+from mmfuse.objectives.contrastive import Contrastive
 from mmfuse.task import Task
 from mmfuse.types import Batch, Encoded, TokenBatch
 

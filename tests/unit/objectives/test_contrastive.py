@@ -1,11 +1,10 @@
 """Pair contrastive in one process: who is a query, who is a candidate, and the learned scale."""
 
-import math
-
 import pytest
 import torch
 from batches import make_batch, make_samples, tiny_model
 from torch import Tensor
+from unit.objectives.by_hand import info_nce_by_hand
 from unit.objectives.ranks import contrastive_inputs
 
 from mmfuse.errors import ConfigError
@@ -20,7 +19,9 @@ def embed(presence: str, *, seed: int = 0) -> dict[str, Tensor]:
     rows = presence.split()
     embeddings = {}
     for letter, name in zip("tia", ("text", "image", "audio"), strict=True):
-        unit = torch.nn.functional.normalize(torch.randn(len(rows), 5, generator=generator, dtype=torch.float64), dim=-1)
+        unit = torch.nn.functional.normalize(
+            torch.randn(len(rows), 5, generator=generator, dtype=torch.float64), dim=-1
+        )
         has = torch.tensor([letter in row for row in rows])
         embeddings[name] = (unit * has[:, None]).requires_grad_()
     return embeddings
@@ -31,21 +32,9 @@ def contrast(embeddings: dict[str, Tensor], presence: str, groups: list[int] | N
     return Config().build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch))
 
 
-def info_nce_by_hand(a: Tensor, b: Tensor, present: list[tuple[bool, bool]], groups: list[int]) -> float:
-    """The definition, one logit at a time."""
-    scale, paired = 1 / 0.07, [row for row, both in enumerate(present) if all(both)]
-    total = 0.0
-    for own, other, side in ((a, b, 1), (b, a, 0)):
-        for row in paired:
-            allowed = [c for c in range(len(groups)) if present[c][side] and (c == row or groups[c] != groups[row])]
-            exponents = {c: math.exp(scale * float(own[row] @ other[c])) for c in allowed}
-            total -= math.log(exponents[row] / sum(exponents.values())) / 2
-    return total / len(paired)
-
-
 @pytest.mark.parametrize("groups", [list(range(10)), [0, 1, 2, 0, 4, 1, 0, 7, 8, 7]])
 def test_loss_is_the_definition_with_extra_negatives_and_groups(groups: list[int]) -> None:
-    embeddings = embed(MIXED)
+    embeddings = {name: x.detach() for name, x in embed(MIXED).items()}
     terms = contrast(embeddings, MIXED, groups)
     assert list(terms) == ["text-image", "text-audio", "image-audio"]
     for pair, loss in terms.items():
@@ -56,16 +45,11 @@ def test_loss_is_the_definition_with_extra_negatives_and_groups(groups: list[int
 
 
 def test_a_picture_without_caption_is_a_negative_and_one_of_the_same_group_is_none() -> None:
-    for groups, is_negative in (([0, 1, 2], True), ([0, 1, 0], False)):
-        embeddings = embed("ti ti i")
-        sum(contrast(embeddings, "ti ti i", groups).values()).backward()
-        gradient = embeddings["image"].grad
-        assert gradient is not None and gradient[:2].abs().sum(1).gt(0).all()
-        assert bool(gradient[2].abs().sum() > 0)  # negative of the second caption in any case
+    for groups, is_negative in (([0, 1], True), ([0, 0], False)):
         embeddings = embed("ti i")
-        sum(contrast(embeddings, "ti i", groups[:1] + groups[2:]).values()).backward()
+        sum(contrast(embeddings, "ti i", groups).values()).backward()
         assert embeddings["image"].grad is not None
-        assert bool(embeddings["image"].grad[1].abs().sum() > 0) is is_negative
+        assert bool(embeddings["image"].grad[1].any()) is is_negative
 
 
 def test_without_a_pair_every_term_is_an_exact_zero_that_has_gradients() -> None:

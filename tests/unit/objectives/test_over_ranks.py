@@ -43,7 +43,12 @@ def test_the_scenarios_have_what_they_promise() -> None:
     assert not any("a" in row for row in parts[2]) and not any("i" in row for row in parts[0])
     assert set(idle[slice_of_rank(len(idle), rank=0, world_size=3)]) == {"t"}
     assert all(groups is None or len(groups) == len(SCENARIOS[name].split()) for name, groups in GROUPS.items())
-    assert all(result["loss"].isfinite() for results in results_on_ranks()[3] for result in results.values() if "loss" in result)
+    assert all(
+        result["loss"].isfinite()
+        for results in results_on_ranks()[3]
+        for result in results.values()
+        if "loss" in result
+    )
 
 
 @pytest.mark.parametrize("size", (1, *WORLD_SIZES))
