@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mmfuse.errors import ConfigError
+from mmfuse.files import write_text
 
 
 class Settings(BaseModel):
@@ -193,9 +194,7 @@ def dump_yaml(settings: Settings, path: Path) -> None:
     """Writes settings so that reading them again gives the same value, and proves it."""
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     assert type(settings).model_validate(yaml.safe_load(text)) == settings, "settings do not survive their own YAML"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ members it has. Nothing here is a Python list per sample: those are copied into 
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 
 from mmfuse.data.tar import Member, walk_tar
 from mmfuse.errors import DataError, ShardError
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".mmindex"
 _MAGIC = b"MMINDEX1"
@@ -139,8 +142,10 @@ def _read_columns(shard: Path) -> tuple[dict[str, np.ndarray], list[tuple[str, .
         columns["member_size"] += [member.size for member in members]
         keys += key.encode("utf-8", "surrogateescape")
         columns["key_end"].append(len(keys))
-    if not seen:
+    if not seen and next(walk_tar(shard), None):
         raise ShardError(f"{shard}: holds no samples, that is: no member named KEY.EXTENSION")
+    if not seen:
+        logger.warning("%s: is empty", shard)  # img2dataset leaves such a tar where every download failed
     if len(signatures) > _MAX_SIGNATURES:
         raise ShardError(
             f"{shard}: {len(signatures):,} different sets of extensions, such as .{next(iter(signatures))[0]}; "

@@ -21,6 +21,7 @@ from mmfuse.config import flatten, load_yaml
 from mmfuse.data.source import Source
 from mmfuse.errors import DataError
 from mmfuse.evaluate.report_page import Curve, Report, SetScores, render_page
+from mmfuse.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ def write_report(folder: Path, *, sources: Mapping[str, Source], k: int = 10) ->
     report = _read_report(folder, k=k)
     summary = json.dumps(_summarize(report), indent=1, allow_nan=False)
     html = render_page(report, sources=sources)
-    _write(folder / "report.json", summary + "\n")
-    _write(folder / "report.html", html)
+    write_text(folder / "report.json", summary + "\n")
+    write_text(folder / "report.html", html)
     return folder / "report.html"
 
 
@@ -265,10 +266,3 @@ def _to_svg(figure: Figure, name: str) -> str:
         inner = inner.replace(color, f"var(--c{number})")
     inner = re.sub(r"\s*\n\s*", " ", inner)
     return f'<svg {box.group()} aria-hidden="true">{inner}</svg>'
-
-
-def _write(path: Path, text: str) -> None:
-    """Complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text.encode("utf-8", "replace"))
-    temporary.replace(path)

@@ -9,9 +9,9 @@ from mmfuse.data.decode import SampleDecoder
 from mmfuse.data.loader import BatchRequest, load_batches, training_requests
 from mmfuse.data.mixture import open_source
 from mmfuse.data.plan import DataPlan, PlannedSource
+from mmfuse.files import drop_lines_after
 from mmfuse.modalities.base import Processor
 from mmfuse.train.engines.base import Engine
-from mmfuse.train.files import drop_lines_after
 from mmfuse.train.metrics import MetricsWriter
 from mmfuse.train.run import RunConfig
 from mmfuse.types import Batch

@@ -11,7 +11,7 @@ from mmfuse import __version__
 from mmfuse.config import dump_yaml
 from mmfuse.distributed import rank, world_size
 from mmfuse.errors import ConfigError
-from mmfuse.train.files import write_text
+from mmfuse.files import write_text
 from mmfuse.train.run import RunConfig
 
 _LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "timm", "torchaudio", "numpy")

@@ -14,10 +14,10 @@ from mmfuse.data.mixture import open_source
 from mmfuse.distributed import barrier, rank, world_size
 from mmfuse.evaluate.report import write_report
 from mmfuse.evaluate.retrieval import embed_set, evaluate_retrieval, summarize
+from mmfuse.files import write_text
 from mmfuse.task import Task
 from mmfuse.train.checkpoint import RUN, load_weights, read_facts, verify_checkpoint
 from mmfuse.train.environment import write_environment
-from mmfuse.train.files import write_text
 from mmfuse.train.run import RunConfig, load_run
 
 logger = logging.getLogger(__name__)
@@ -82,11 +82,11 @@ def evaluate_checkpoint(
     run = load_run(str(checkpoint / RUN), overrides=overrides)
     step = int(read_facts(checkpoint)["step"])
     folder = output or checkpoint.with_name(f"{checkpoint.name}.evaluation")
+    write_environment(folder, run, strategy="evaluation")
     evaluator = Evaluator(run)
     task = Task(run.model, run.objective_configs, seed=run.seed).to(device)
     evaluator.evaluate_step(task, device, step=0, folder=folder)
     load_weights(task, checkpoint)
     results = evaluator.evaluate_step(task, device, step=step, folder=folder)
-    write_environment(folder, run, strategy="evaluation")
     evaluator.report(results, folder)
     return results

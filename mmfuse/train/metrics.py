@@ -16,8 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mmfuse.distributed import rank, sum_over_ranks, world_size
+from mmfuse.files import drop_lines_after
 from mmfuse.log import hide_bar
-from mmfuse.train.files import drop_lines_after
 from mmfuse.types import StepOutput
 
 logger = logging.getLogger(__name__)

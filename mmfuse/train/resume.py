@@ -17,6 +17,7 @@ from mmfuse.train.checkpoint import (
     load_weights,
     read_facts,
     save_checkpoint,
+    verify_checkpoint,
 )
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.environment import describe_environment
@@ -71,7 +72,8 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, plan_identity: dict[str, 
     """The newest complete checkpoint of this run; rank 0 looks, so that all ranks see the same."""
     found: list[Path | None] = [None]
     if engine.rank == 0:
-        found = [next(reversed(complete_checkpoints(run.folder / "checkpoints")), None)]
+        candidates = reversed(complete_checkpoints(run.folder / "checkpoints"))
+        found = [next((folder for folder in candidates if _is_undamaged(folder)), None)]
     if engine.world_size > 1:
         dist.broadcast_object_list(found, src=0)
     checkpoint = found[0]
@@ -86,3 +88,13 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, plan_identity: dict[str, 
             + "\n  ".join(changed)
         )
     return checkpoint
+
+
+def _is_undamaged(checkpoint: Path) -> bool:
+    """Whether the contents are as they were written; says so if not, and the run goes on from an older one."""
+    try:
+        verify_checkpoint(checkpoint, contents=True)
+    except CheckpointError as error:
+        logger.warning("not used: %s", error)
+        return False
+    return True

@@ -8,7 +8,8 @@ from mmfuse.errors import TrainingError
 from mmfuse.log import set_up_logging
 from mmfuse.task import Task
 from mmfuse.train.data import TrainingData
-from mmfuse.train.engines.base import Engine, start_engine
+from mmfuse.train.engines.base import Engine
+from mmfuse.train.engines.start import start_engine
 from mmfuse.train.environment import write_environment
 from mmfuse.train.evaluation import Evaluator
 from mmfuse.train.metrics import MetricsWriter

@@ -1,17 +1,13 @@
-"""What the trainer asks of an engine, and the engine that the launcher asked for."""
+"""What the trainer asks of an engine."""
 
-import os
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from typing import Literal
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mmfuse.errors import LaunchError
 from mmfuse.types import Batch, StepOutput
 
 Precision = Literal["fp32", "bf16"]
@@ -70,46 +66,3 @@ class Engine(ABC):
         """Leaves the process group in order; without it one exit in 60 ends in an abort."""
         self.wait_for_everyone()
         self.accelerator.end_training()
-
-
-def start_engine(*, precision: Precision, accumulation: int) -> Engine:
-    """The engine that `accelerate launch` asked for.
-
-    Raises:
-        LaunchError: what started is not what was asked for. Three such failures are silent in the libraries.
-    """
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=_backend(), timeout=timedelta(minutes=30))],
-    )
-    _check_launch(accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from mmfuse.train.engines.deepspeed import DeepSpeedEngine  # its import alone takes seconds
-
-        return DeepSpeedEngine(accelerator, accumulation=accumulation)
-    from mmfuse.train.engines.ddp import DdpEngine
-
-    return DdpEngine(accelerator)
-
-
-def _backend() -> str | None:
-    """Accelerate's own choice on GPUs. On CPU gloo by name: without it DeepSpeed sees a world of 1 on every rank."""
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
-    return "gloo" if on_cpu and "WORLD_SIZE" in os.environ else None
-
-
-def _check_launch(accelerator: Accelerator) -> None:
-    """Compares the processes that run with those that the launcher promised."""
-    asked = int(os.environ.get("MMFUSE_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
-    if accelerator.num_processes != asked:
-        raise LaunchError(
-            f"asked for {asked} processes, but Accelerate started {accelerator.num_processes}. On CPU, "
-            "`accelerate launch --cpu` runs one process whatever --num_processes says; start with launch/train.sh, "
-            "or set ACCELERATE_USE_CPU=true and pass --multi_gpu"
-        )
-    kind = accelerator.distributed_type
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        raise LaunchError("FSDP is not supported yet; use launch/accelerate/ddp.yaml, zero2.yaml or zero3.yaml")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and kind != DistributedType.DEEPSPEED:
-        raise LaunchError(f"asked for DeepSpeed, but Accelerate started {kind.value}")

@@ -1,5 +1,6 @@
 """The sidecar index: what it finds, what it refuses, and that it is whole or not there."""
 
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -74,7 +75,6 @@ def test_a_key_ends_at_the_first_dot_of_the_base_name(name: str, expected: tuple
         (["1.jpg", "1.pkl"], "sample '1' has a member .pkl: pickles run code"),
         (["1.meta.PTH"], "has a member .meta.pth: pickles run code"),
         (["README"], "holds no samples"),
-        ([], "holds no samples"),
     ],
 )
 def test_what_cannot_be_read_safely_is_refused_and_nothing_is_left(tmp_path: Path, names, message: str) -> None:
@@ -152,3 +152,9 @@ def test_the_content_hash_knows_names_sizes_and_order_but_not_the_shard_name(tmp
         base[:2],
     ]
     assert len({same, *map(hash_of, changed)}) == len(changed) + 1
+
+
+def test_an_empty_tar_is_a_shard_of_no_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("mmfuse").propagate = True
+    assert len(index_of([], tmp_path)) == 0
+    assert f"{tmp_path / 'y.tar'}: is empty" in caplog.text

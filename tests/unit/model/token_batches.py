@@ -19,8 +19,10 @@ def make_tokens(presence: str, *, seed: int = 0) -> TokenBatch:
         rows[name] = own[torch.randperm(len(own), generator=generator)]
         shape = (len(own), LENGTHS[name])
         tokens[name] = torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
-        real = torch.randint(1, LENGTHS[name] + 1, (len(own), 1), generator=generator)
-        masks[name] = torch.arange(LENGTHS[name]) < (LENGTHS[name] if name == "image" else real)
+        fewest = LENGTHS[name] if name == "image" else 1
+        masks[name] = torch.arange(LENGTHS[name]) < torch.randint(
+            fewest, LENGTHS[name] + 1, (len(own), 1), generator=generator
+        )
     return TokenBatch(tokens, masks, rows, len(patterns))
 
 

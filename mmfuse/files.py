@@ -9,7 +9,7 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the file in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(text.encode("utf-8", "replace"))
     temporary.replace(path)
 
 

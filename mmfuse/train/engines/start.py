@@ -1,0 +1,53 @@
+"""Starts the engine that the launcher asked for, and checks that it is what started."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+
+from mmfuse.errors import LaunchError
+from mmfuse.train.engines.base import Engine, Precision
+from mmfuse.train.engines.ddp import DdpEngine
+
+
+def start_engine(*, precision: Precision, accumulation: int) -> Engine:
+    """The engine that `accelerate launch` asked for.
+
+    Raises:
+        LaunchError: what started is not what was asked for. Three such failures are silent in the libraries.
+    """
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_steps=accumulation,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=_backend(), timeout=timedelta(minutes=30))],
+    )
+    _check_launch(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from mmfuse.train.engines.deepspeed import DeepSpeedEngine  # its import alone takes seconds
+
+        return DeepSpeedEngine(accelerator, accumulation=accumulation)
+    return DdpEngine(accelerator)
+
+
+def _backend() -> str | None:
+    """Accelerate's own choice on GPUs. On CPU gloo by name: without it DeepSpeed sees a world of 1 on every rank."""
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
+    return "gloo" if on_cpu and "WORLD_SIZE" in os.environ else None
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """Compares the processes that run with those that the launcher promised."""
+    asked = int(os.environ.get("MMFUSE_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
+    if accelerator.num_processes != asked:
+        raise LaunchError(
+            f"asked for {asked} processes, but Accelerate started {accelerator.num_processes}. On CPU, "
+            "`accelerate launch --cpu` runs one process whatever --num_processes says; start with launch/train.sh, "
+            "or set ACCELERATE_USE_CPU=true and pass --multi_gpu"
+        )
+    kind = accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise LaunchError("FSDP is not supported yet; use launch/accelerate/ddp.yaml, zero2.yaml or zero3.yaml")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and kind != DistributedType.DEEPSPEED:
+        raise LaunchError(f"asked for DeepSpeed, but Accelerate started {kind.value}")
