@@ -6,12 +6,12 @@ import math
 import soundfile
 import torch
 import torchaudio
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from transformers import ASTConfig, ASTModel
 
 from mmfuse.config import Settings
-from mmfuse.errors import SampleError
+from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
 from mmfuse.types import EncoderOutput, Features
 
@@ -58,6 +58,15 @@ class Config(ModalityConfig):
     max_seconds: PositiveFloat = 3600.0
     """Longer recordings are refused before they are decoded."""
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _check_patches_fit(self) -> "Config":
+        if self.pretrained is None and self.patch_size > min(self.num_frames, self.num_mel_bins):
+            raise ValueError(
+                f"patch_size = {self.patch_size} does not fit {self.num_frames} frames (clip_seconds = "
+                f"{self.clip_seconds}) of {self.num_mel_bins} mel bins"
+            )
+        return self
 
     @property
     def num_frames(self) -> int:
@@ -170,7 +179,11 @@ class AudioEncoder(Encoder):
 
 def _build_ast(config: Config) -> ASTModel:
     if config.pretrained:
-        return ASTModel.from_pretrained(config.pretrained)
+        ast = ASTModel.from_pretrained(config.pretrained)
+        if (ast.config.max_length, ast.config.num_mel_bins) != (config.num_frames, config.num_mel_bins):
+            seconds, bins = ast.config.max_length * FRAME_SHIFT_MS / 1000, ast.config.num_mel_bins
+            raise ConfigError(f"audio: {config.pretrained} needs clip_seconds = {seconds} and num_mel_bins = {bins}")
+        return ast
     ast = ASTModel(
         ASTConfig(
             hidden_size=config.hidden_size,

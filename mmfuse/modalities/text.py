@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
@@ -31,7 +31,7 @@ class Config(ModalityConfig):
     num_layers: PositiveInt = 3
     num_heads: PositiveInt = 4
     dropout: NonNegativeFloat = 0.0
-    """Hidden and attention dropout. Above 0 a run no longer gives the same numbers on other world sizes."""
+    """Of hidden states and attention, also with `pretrained`. Above 0 the numbers depend on the world size."""
 
     def build_processor(self) -> Processor:
         return TextProcessor(self)
@@ -97,10 +97,16 @@ class TextEncoder(Encoder):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
 
 
-def _build_transformer(config: Config) -> BertModel:
-    """BERT without its pooler: an unused parameter would stop DDP."""
+def _build_transformer(config: Config) -> Any:
+    """A transformer without its pooler: an unused parameter would stop DDP."""
     if config.pretrained:
-        return AutoModel.from_pretrained(config.pretrained, add_pooling_layer=False)
+        settings = AutoConfig.from_pretrained(config.pretrained)
+        for name, value in settings.to_dict().items():
+            if "dropout" in name and isinstance(value, float):  # each family has its own names
+                setattr(settings, name, config.dropout)
+        transformer = AutoModel.from_pretrained(config.pretrained, config=settings)
+        transformer.pooler = None  # not every family takes `add_pooling_layer`
+        return transformer
     bert = BertConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mmfuse.config import PluginSettings, Settings, plugin_settings
@@ -31,6 +31,12 @@ class ModelConfig(Settings):
     embedding_dim: PositiveInt = 64
     fusion: FusionConfig | None = FusionConfig()
     """Null: encoders only."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "ModelConfig":
+        if self.fusion and self.width % self.fusion.num_heads:
+            raise ValueError(f"width = {self.width} is not a multiple of fusion.num_heads = {self.fusion.num_heads}")
+        return self
 
     @property
     def modality_configs(self) -> dict[str, ModalityConfig]:

@@ -57,7 +57,11 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     output = Task(tiny_model(), configs, seed=0)(make_batch(PATTERNS[0]))
     pairs = [output.terms[f"contrastive/{pair}"] for pair in ("text-image", "text-audio", "image-audio")]
     others = {"matching", "masked_language", "leave_one_out"}
-    assert output.terms.keys() - others == {"contrastive/text-image", "contrastive/text-audio", "contrastive/image-audio"}
+    assert output.terms.keys() - others == {
+        "contrastive/text-image",
+        "contrastive/text-audio",
+        "contrastive/image-audio",
+    }
     expected = 0.5 * sum(pairs) + output.terms["masked_language"] + 2 * output.terms["leave_one_out"]
     torch.testing.assert_close(output.loss, expected)
     assert not any(term.requires_grad for term in output.terms.values())

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import make_batch, tiny_task
+from unit.objectives.ranks import WORLD_SIZES, result_alone, results_on_ranks
 
 from mmfuse.evaluate.retrieval import (
     EmbeddedSet,
@@ -41,6 +43,7 @@ def test_a_nan_is_never_a_good_answer():
     gallery[3] = torch.nan  # right for one, wrong for the others: ahead of all their answers
     ranks = rank_of_right_answer(queries, gallery, EYE)
     assert (ranks[torch.arange(40) != 3] == 1).all()
+    assert ranks[3] == 39
     queries[5] = torch.nan
     assert rank_of_right_answer(queries, gallery, EYE)[5] == 39
 
@@ -54,6 +57,17 @@ def test_chance_is_what_random_orders_score(positives):
     assert chance_recall(right, 10) == pytest.approx(sum(hits) / len(hits), abs=0.01)
     if positives == 1:
         assert chance_recall(right, 10) == pytest.approx(10 / 50)
+
+
+@pytest.mark.parametrize("size", [1, *WORLD_SIZES])
+def test_every_rank_gets_the_whole_set_without_its_padding(size):
+    everything = tiny_task().model.embed(make_batch("tia ti t ta ia tia i a tia"))
+    recipe = "embed_evaluation_set"
+    for result in [result_alone(recipe)] if size == 1 else [ranks[recipe] for ranks in results_on_ranks()[size]]:
+        for name in ("text", "image", "audio"):
+            torch.testing.assert_close(result[name], everything[name], rtol=0, atol=1e-12)
+            assert torch.equal(result[f"present {name}"], everything[name].any(1))
+        assert result["group"].tolist() == list(range(100, 109))
 
 
 def test_a_direction_counts_only_samples_that_have_both_ends():

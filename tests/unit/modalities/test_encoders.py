@@ -1,10 +1,12 @@
 """Our encoders give what the libraries give from the same weights, and padding changes nothing."""
 
+import pytest
 import timm
 import torch
 from batches import LETTERS, random_features, tiny_model, tiny_processors
-from transformers import ASTConfig, ASTModel, BertConfig, BertModel
+from transformers import ASTConfig, ASTModel, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
+from mmfuse.errors import ConfigError
 from mmfuse.modalities import audio, image, text
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -28,6 +30,40 @@ def test_text_from_a_local_folder_equals_the_library(tmp_path):
     assert encoder.width == 16
     torch.testing.assert_close(output.tokens, expected, rtol=0, atol=0)
     torch.testing.assert_close(output.pooled, expected[:, 0], rtol=0, atol=0)
+
+
+def test_pretrained_text_of_any_family_has_the_dropout_of_the_settings_and_no_pooler(tmp_path):
+    bert = BertModel(BertConfig(vocab_size=6368, **SIZES))  # with its pooler, and dropout of 0.1
+    distilbert = DistilBertModel(DistilBertConfig(vocab_size=6368, dim=16, n_layers=1, n_heads=2, hidden_dim=32))
+    inputs = collated("text", range(5))
+    for model in (bert, distilbert):
+        model.save_pretrained(tmp_path / type(model).__name__)
+        for dropout in (0.0, 0.5):
+            config = text.Config(pretrained=str(tmp_path / type(model).__name__), dropout=dropout)
+            encoder = config.build_encoder().train()
+            first, again = encoder(inputs), encoder(inputs)
+            assert torch.equal(first.pooled, again.pooled) is (dropout == 0)
+            first.pooled.sum().backward()
+            assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+
+
+def test_image_weights_of_another_size_are_fitted(tmp_path):
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3}
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, **sizes)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    config = image.Config(pretrained=str(tmp_path / "vit.pt"), image_size=32, hidden_size=24, num_layers=1, num_heads=3)
+    encoder = config.build_encoder()
+    assert encoder(collated("image", range(2))).tokens.shape == (2, 5, 24)
+    assert torch.equal(encoder.vit.blocks[0].attn.qkv.weight, vit.blocks[0].attn.qkv.weight)
+
+
+def test_an_ast_of_another_clip_length_is_refused_when_it_is_built(tmp_path):
+    shape = {"patch_size": 16, "frequency_stride": 16, "time_stride": 8, "max_length": 48, "num_mel_bins": 16}
+    ASTModel(ASTConfig(**SIZES, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"needs clip_seconds = 0.48 and num_mel_bins = 16"):
+        audio.Config(pretrained=str(tmp_path), clip_seconds=0.32, num_mel_bins=16).build_encoder()
+    with pytest.raises(ValueError, match="patch_size = 64 does not fit 32 frames"):
+        audio.Config(clip_seconds=0.32)
 
 
 def test_image_from_a_local_file_equals_the_library_with_its_own_normalisation(tmp_path):

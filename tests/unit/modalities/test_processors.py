@@ -50,34 +50,111 @@ def test_augmentation_is_a_function_of_the_seed_alone(modality):
 
 
 def test_a_long_recording_is_cropped_at_a_seeded_place_and_at_its_start_in_evaluation():
-    processor = audio.Config(clip_seconds=0.5).build_processor()
+    processor = audio.Config(clip_seconds=0.8).build_processor()
     ramp = np.sin(np.cumsum(np.linspace(0.05, 1.5, 16_000 * 4))).astype(np.float32)
     start = processor(wav_bytes(ramp), seed=None)["fbank"]
-    assert len(start) == 50
+    assert len(start) == 80
     assert torch.equal(start, processor(wav_bytes(ramp[:16_000]), seed=None)["fbank"])
     loudest = {int(processor(wav_bytes(ramp), seed=seed)["fbank"].mean(0).argmax()) for seed in range(8)}
     assert len(loudest) > 3  # the pitch tells the place
 
 
+def test_a_sound_keeps_its_pitch_and_length_whatever_its_rate_and_channels():
+    processor, features = audio.Config(clip_seconds=2.0).build_processor(), []
+    for rate in (8_000, 16_000, 22_050, 44_100):
+        tone = 0.3 * np.sin(2 * np.pi * 1_000 * np.arange(rate) / rate)
+        features.append(processor(wav_bytes(np.stack([tone, tone], 1), rate=rate), seed=None)["fbank"])
+    assert {len(fbank) for fbank in features} == {98}
+    assert len({int(fbank.mean(0).argmax()) for fbank in features}) == 1
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees():
+    plain = image.Config(augment=image.AugmentConfig(min_scale=1, flip=False, color_jitter=0)).build_processor()
+    assert torch.equal(*(plain(picture_bytes(1), seed=seed)["pixels"] for seed in (None, 5)))
+    plain = audio.Config(augment=audio.AugmentConfig(speed=0, frequency_mask=0, time_mask=0)).build_processor()
+    assert torch.equal(*(plain(sound_bytes(1), seed=seed)["fbank"] for seed in (None, 5)))
+
+
+def test_spectrogram_masks_stay_below_their_share_of_the_clip():
+    augment = audio.AugmentConfig(speed=0, frequency_mask=0.25, time_mask=0.5)
+    processor, widths = audio.Config(augment=augment).build_processor(), []
+    for seed in range(40):
+        masked = processor(wav_bytes(noise(0.5)), seed=seed)["fbank"] == 0
+        widths.append((int(masked.all(1).sum()), int(masked.all(0).sum())))
+    frames, bins = zip(*widths, strict=True)
+    assert 18 < max(frames) <= 24 and 12 < max(bins) <= 16 and min(frames) < 6 and min(bins) < 4  # of 48 and 64
+
+
+def test_random_damage_gives_features_or_a_sample_error():
+    whole = {
+        image: [picture_bytes(1), encoded_picture("PNG"), encoded_picture("WEBP")],
+        audio: [sound_bytes(1), wav_bytes(noise(0.2), subtype="PCM_16"), wav_bytes(noise(0.2))],
+    }
+    outcomes, random = {"decoded": 0, "refused": 0}, np.random.default_rng(0)
+    for module, files in whole.items():
+        processor = module.Config().build_processor()
+        for seed in range(150):
+            damaged = bytearray(files[seed % len(files)])
+            for _ in range(random.integers(1, 6)):
+                # Half of the damage hits the header, where sizes and rates are.
+                damaged[random.integers(64 if random.random() < 0.5 else len(damaged))] = random.integers(256)
+            try:
+                (features,) = processor(bytes(damaged), seed=seed).values()
+                assert torch.isfinite(features.float()).all()
+                outcomes["decoded"] += 1
+            except SampleError:
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 50
+
+
+def encoded_picture(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(picture_bytes(2))).save(file, kind)
+    return file.getvalue()
+
+
 def test_what_is_not_what_it_says_is_refused():
     picture, sound, words = image.Config(max_pixels=50_000), audio.Config(max_seconds=3.0), text.Config()
-    big = io.BytesIO()
+    big, thin, animation = io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.new("RGB", (300, 200)).save(big, "PNG")
+    Image.new("RGB", (1, 20_000)).save(thin, "PNG")
+    Image.new("RGB", (9, 9)).save(animation, "GIF")
     bad = noise(1.0)
     bad[100] = np.nan
     for config, data, message in [
         (picture, b"just some words", "not a readable"),
         (picture, picture_bytes(1)[:-200], "not a readable"),
         (picture, big.getvalue(), "300 x 200 pixels exceeds max_pixels = 50000"),
+        (picture, thin.getvalue(), "1 x 20000 pixels is too thin"),
+        (picture, animation.getvalue(), "not a readable"),
         (sound, b"RIFFxxxx", "not a readable"),
         (sound, wav_bytes(noise(4.0)), "exceeds max_seconds = 3.0"),
         (sound, wav_bytes(bad), "not finite"),
         (sound, wav_bytes(noise(0.01)), "shorter than one frame"),
+        (sound, wav_bytes(noise(0)), "empty"),
+        (sound, wav_bytes(np.full(9000, 1e38)), "too large"),
+        (sound, wav_bytes(noise(0.1), rate=192_001), "resample the file"),
         (words, b"\xff\xfe", "not UTF-8"),
         (words, b"  \n", "empty"),
     ]:
-        with pytest.raises(SampleError, match=message):
-            config.build_processor()(data, seed=None)
+        for seed in (None, 3):
+            with pytest.raises(SampleError, match=message):
+                config.build_processor()(data, seed=seed)
+
+
+def test_long_captions_are_cut_and_keep_their_end_mark():
+    processor = text.Config(max_tokens=6).build_processor()
+    ids = processor(b"one two three four five six seven eight", seed=None)["input_ids"]
+    assert len(ids) == 6 and ids[0] == processor.tokenizer.cls_token_id and ids[-1] == processor.tokenizer.sep_token_id
+    assert torch.equal(ids, processor(b"one two three four five six seven eight", seed=9)["input_ids"])
+
+
+def test_a_tokenizer_from_a_local_folder_gives_the_same_ids(tmp_path):
+    shipped = text.Config().build_processor()
+    shipped.tokenizer.save_pretrained(tmp_path)
+    local = text.Config(tokenizer=str(tmp_path)).build_processor()
+    caption = "A red apple, ça va 🍎?".encode()
+    assert torch.equal(shipped(caption, seed=None)["input_ids"], local(caption, seed=None)["input_ids"])
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused():

@@ -33,6 +33,11 @@ def test_a_row_s_embeddings_do_not_depend_on_its_batch() -> None:
             torch.testing.assert_close(embedding[0], together[name][row], rtol=0, atol=1e-12)
 
 
+def test_a_width_that_the_heads_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"width = 16 is not a multiple of fusion.num_heads = 3"):
+        tiny_model(fusion={"num_heads": 3})
+
+
 def test_embeddings_are_fp32_where_the_model_is_bf16() -> None:
     model = FusionModel(tiny_model()).to(torch.bfloat16)
     assert {x.dtype for x in model.embed(make_batch(PRESENCE)).values()} == {torch.float32}

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmfuse.distributed import fetch_rows, gather_rows, rank, slice_of_rank, world_size
+from mmfuse.evaluate.retrieval import embed_set
 from mmfuse.objectives.base import StepInputs
 from mmfuse.objectives.contrastive import Contrastive
 from mmfuse.task import Task
-from mmfuse.types import Batch, Encoded, TokenBatch
+from mmfuse.types import Batch, Encoded, Sample, TokenBatch
 
 WORLD_SIZES = (2, 3)
 Result = dict[str, Tensor]
@@ -134,10 +135,23 @@ def typed_rows(count: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(200, (count, 3), generator=torch.Generator().manual_seed(count)).to(dtype)
 
 
+def embed_evaluation_set() -> Result:
+    """A set of nine samples in batches of five, the last row padding, as every rank has it afterwards."""
+    model, samples = tiny_task().model, make_samples("tia ti t ta ia tia i a tia")
+    padding = Sample(sample_id=-1, group_id=-1, key="", features={})
+    parts = (samples[:5], [*samples[5:], padding])
+    batches = (make_batch(part, rank=rank(), world_size=world_size()) for part in parts)
+    embedded = embed_set(model.train(), batches, num_samples=9, device=torch.device("cpu"), name="test")
+    assert model.training
+    present = {f"present {name}": column for name, column in embedded.present.items()}
+    return {**embedded.embeddings, **present, "group": embedded.group_id}
+
+
 RECIPES: dict[str, Callable[[], Result]] = {
     "contrast_complete_pairs": contrast_complete_pairs,
     **{f"gather {n}": functools.partial(gather, n) for n in (2, 6, 11)},
     **{f"fetch {n}": functools.partial(fetch, n) for n in (2, 6, 11)},
+    "embed_evaluation_set": embed_evaluation_set,
     "exchange_types": functools.partial(exchange_types, 11),
     **{f"{s} {o}": functools.partial(train_step, s, o) for s in SCENARIOS for o in ALL_OBJECTIVES},
 }
