@@ -165,7 +165,7 @@ def _index(paths: list[str], *, force: bool) -> tuple[dict[Path, str], int, int]
     damaged, samples, indexed = {}, 0, 0
     shards = find_shards(tuple(paths))
     for shard, outcome in tqdm(
-        index_shards(shards, force=force), total=len(shards), desc="indexing", unit="shard", leave=False
+        index_shards(shards, force=force), total=len(shards), desc="indexing", unit="shard", leave=False, disable=None
     ):
         if isinstance(outcome, ShardError):
             damaged[shard] = str(outcome)
@@ -187,7 +187,7 @@ def _shards_check(options: argparse.Namespace) -> int:
     readers = {module.__name__: (module.EXTENSIONS, module.Config().build_processor()) for module in modalities}
     bad = list(damaged.values())
     whole = [shard for shard in find_shards(tuple(options.paths)) if shard not in damaged]
-    for shard in tqdm(whole, desc="checking", unit="shard", leave=False):
+    for shard in tqdm(whole, desc="checking", unit="shard", leave=False, disable=None):
         for message in check_members(shard, readers):
             bad.append(message)
             tqdm.write(f"mmfuse: bad: {message}", file=sys.stderr)

@@ -11,6 +11,7 @@ from helpers import picture_bytes, write_data_set, write_tar, write_yaml
 from mmfuse.data import source as source_module
 from mmfuse.data.checks import index_shards
 from mmfuse.data.mixture import SourceConfig, open_source
+from mmfuse.data.recipe import find_shards
 from mmfuse.data.source import Source
 from mmfuse.errors import ConfigError, DataError, ShardError
 
@@ -45,6 +46,21 @@ def test_samples_hold_the_preferred_member_of_each_modality_that_they_have(tmp_p
     ]
     assert source.read(2).key == f"{tmp_path}/train-1.tar/a_2"
     assert source.count_by_modalities() == {("image", "text"): 1, ("text",): 1, ("image",): 1, (): 1}
+
+
+def test_a_folder_as_img2dataset_leaves_it_needs_no_member_rules(tmp_path: Path) -> None:
+    pair = {"jpg": picture_bytes(1), "json": b"{}", "txt": b"a caption"}
+    write_tar(
+        tmp_path / "00000.tar", {f"00000000{n}.{extension}": data for n in (1, 0) for extension, data in pair.items()}
+    )
+    write_tar(tmp_path / "00001.tar", {})  # every download failed
+    for other in ("00000.parquet", "00000_stats.json"):
+        (tmp_path / other).write_bytes(b"x")
+    list(index_shards(find_shards((str(tmp_path),))))
+    recipe = write_yaml(tmp_path / "mine.yaml", {"name": "mine", "splits": {"train": {"shards": [str(tmp_path)]}}})
+    source = open_source(SourceConfig(recipe=str(recipe)), modalities=("text", "image", "audio"))
+    assert [source.read(n).key.rpartition("/")[2] for n in range(len(source))] == ["000000001", "000000000"]
+    assert source.read(0).members == {"image": ("jpg", pair["jpg"]), "text": ("txt", b"a caption")}
 
 
 def test_samples_of_one_pattern_are_one_group_across_shards(tmp_path: Path) -> None:
