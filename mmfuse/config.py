@@ -42,6 +42,8 @@ class Settings(BaseModel):
             raise ValidationError.from_exception_data(cls.__name__, _details(error, cls.model_fields)) from None
 
 
+PRESETS = Path(__file__).parent / "runs" / "presets"
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -140,7 +142,7 @@ def validate(config_class: type[S], raw: Mapping[str, Any], *, source: str) -> S
 
 
 def load_yaml(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, laid over the file that its `extends` names (relative to it).
+    """The mapping in a YAML file, laid over what its `extends` names: a file relative to it, or a shipped preset.
 
     Raises:
         ConfigError: no such file, no YAML, no mapping, or files that extend each other.
@@ -160,8 +162,12 @@ def load_yaml(path: Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, An
     if parent is None:
         return raw
     if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends = {parent!r}: expected the path of one YAML file")
-    return overlay(load_yaml(path.parent / parent, extended_by=(*extended_by, path)), raw)
+        raise ConfigError(f"{path}: extends = {parent!r}: expected the path of one YAML file, or the name of a preset")
+    below = path.parent / parent if parent.endswith((".yaml", ".yml")) else PRESETS / f"{parent}.yaml"
+    if below.parent == PRESETS and not below.is_file():
+        known = [preset.stem for preset in PRESETS.glob("*.yaml")]
+        raise ConfigError(f"{path}: extends: no preset {suggest(parent, known)} (a path must end in .yaml)")
+    return overlay(load_yaml(below, extended_by=(*extended_by, path)), raw)
 
 
 def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _describe_start(run: RunConfig, engine: Engine, data: TrainingData, task: Ta
     parameters = sum(parameter.numel() for parameter in task.parameters())
     samples = ", ".join(f"{source.name} ({len(source):,} samples)" for source in data.sources)
     logger.info(
-        "run %s: %s on %d ranks (%s); %.1f M parameters; %s",
+        "run %s: %s, world size %d (%s); %.1f M parameters; %s",
         run.name,
         engine.name,
         engine.world_size,

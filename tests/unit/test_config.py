@@ -175,3 +175,11 @@ def test_flatten_names_every_value_by_its_path() -> None:
         "a.c.d": [1, {"e": 2}],
         "f": None,
     }
+
+
+def test_extends_takes_the_name_of_a_shipped_preset(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "run.yaml", {"extends": "tiny", "model": {"width": 64}})
+    assert load_yaml(path)["model"]["width"] == 64
+    assert load_yaml(path)["model"]["modalities"]["text"]["tokenizer"] == "tiny"
+    with pytest.raises(ConfigError, match=r"no preset 'tinny'; did you mean 'tiny'\?"):
+        load_yaml(write_yaml(tmp_path / "run.yaml", {"extends": "tinny"}))

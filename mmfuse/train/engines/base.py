@@ -24,7 +24,11 @@ class Engine(ABC):
         self.device: torch.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
 
-    name: str
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The strategy that runs, for logs, reports and checkpoints."""
+
     task: nn.Module
     """The unwrapped task: for evaluation and names."""
     optimizer: torch.optim.Optimizer

@@ -12,7 +12,9 @@ from mmfuse.types import Batch, StepOutput
 class DdpEngine(Engine):
     """Replicated weights; gradients averaged over ranks."""
 
-    name = "ddp"
+    @property
+    def name(self) -> str:
+        return "ddp" if self.world_size > 1 else "one process"
 
     def wrap(
         self, task: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float | None, rank_rows: int

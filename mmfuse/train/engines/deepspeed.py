@@ -31,7 +31,10 @@ class DeepSpeedEngine(Engine):
         assert plugin is not None
         self.config: dict = plugin.deepspeed_config
         self.stage = int(self.config["zero_optimization"]["stage"])
-        self.name = f"zero{self.stage}"
+
+    @property
+    def name(self) -> str:
+        return f"zero{self.stage}"
 
     def wrap(
         self, task: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float | None, rank_rows: int
