@@ -5,7 +5,7 @@
 # RUN           a YAML file or a shipped run; see `mmfuse train --help`
 #
 # Read from the environment, all optional:
-#   NUM_PROCESSES      processes over all machines (default: GPUs of all machines; without GPUs 2)
+#   NUM_PROCESSES      processes over all machines (default: GPUs of all machines; without GPUs 2 a machine)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT      for more than one node
 #   OMP_NUM_THREADS    CPU threads of each process (default 1)
 set -euo pipefail
@@ -22,12 +22,17 @@ if [[ ! -f $config ]]; then
   exit 2
 fi
 
+# The environment of `make`, where nobody has activated another.
+if [[ -x $here/../.venv/bin/accelerate ]] && ! command -v accelerate >/dev/null; then PATH=$here/../.venv/bin:$PATH; fi
+
 gpus=0
-if [[ $strategy != cpu ]] && command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
+if [[ $strategy == cpu ]]; then :
+elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true)
+elif command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
 machines=${NUM_MACHINES:-1}
 if [[ $strategy == cpu ]]; then processes=1
 elif [[ $gpus -gt 0 ]]; then processes=${NUM_PROCESSES:-$((gpus * machines))}
-else processes=${NUM_PROCESSES:-2}; fi
+else processes=${NUM_PROCESSES:-$((2 * machines))}; fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false MMFUSE_NUM_PROCESSES=$processes
 if [[ $gpus -eq 0 ]]; then

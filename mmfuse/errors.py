@@ -24,7 +24,7 @@ class ShardError(DataError):
 
 
 class SampleError(DataError):
-    """One member of one sample cannot be decoded. The only error that a run may skip, count and survive."""
+    """One member of one sample cannot be decoded. Stops the run, and names the member."""
 
 
 class CheckpointError(MmfuseError):

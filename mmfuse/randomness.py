@@ -1,7 +1,8 @@
 """Random numbers keyed by what they are for, never by who draws them.
 
 Everything random after the plan (masks, negatives, augmentation) depends on the seed, the step and the sample alone,
-so a run gives the same numbers on any number of ranks and workers, and after a resume.
+so a run gives the same numbers on any number of ranks and workers, and after a resume. Only the libraries' own dropout,
+which presets set to 0, is keyed by rank too.
 """
 
 import hashlib
@@ -61,3 +62,10 @@ def seeded_torch(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+def seed_torch(seed: int, *, device: torch.device) -> None:
+    """Sets torch's global generators, which hidden dropout draws from; without the queue of `torch.manual_seed`."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

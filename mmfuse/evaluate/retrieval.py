@@ -55,7 +55,7 @@ def embed_set(
     parts: dict[str, list[Tensor]] = {}
     for batch in tqdm(batches, desc=f"evaluating {name}", unit="batch", leave=False, disable=hide_bar(rank())):
         batch = batch.to(device)
-        embeddings = model.embed(batch)
+        embeddings = model.encode(batch).embeddings
         columns = {**embeddings, "present": batch.present, "group": batch.group_id}
         for column, rows in columns.items():
             parts.setdefault(column, []).append(gather_rows(rows, global_rows=batch.global_rows).cpu())

@@ -43,6 +43,9 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _sync(root)
+    for folder in root.glob(f"{_PREFIX}*[0-9]"):
+        if folder.name > final.name:  # damaged, or resume would have gone on from there
+            shutil.rmtree(folder)
     for old in complete_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return final

@@ -63,7 +63,7 @@ class TrainingData:
             prefetch_batches=run.data.prefetch_batches,
             pin_memory=engine.device.type == "cuda",
         )
-        record = _SampleRecord(run.folder, engine.rank, start) if run.train.record_samples else None
+        record = _SampleRecord(run.folder, engine, start) if run.train.record_samples else None
         since = time.perf_counter()
         for batch in batches:
             metrics.count_wait(time.perf_counter() - since)
@@ -76,10 +76,13 @@ class TrainingData:
 class _SampleRecord:
     """`samples.rankN.jsonl`: the keys of every batch that this rank trained on."""
 
-    def __init__(self, folder: Path, rank: int, start: int) -> None:
-        path = folder / f"samples.rank{rank}.jsonl"
+    def __init__(self, folder: Path, engine: Engine, start: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"samples.rank{engine.rank}.jsonl"
         drop_lines_after(path, start)
+        for other in folder.glob("samples.rank*.jsonl"):  # of ranks that a larger world had before
+            if engine.rank == 0 and int(other.name.split(".")[1].removeprefix("rank")) >= engine.world_size:
+                drop_lines_after(other, start)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
 
     def add(self, batch: Batch) -> None:

@@ -59,6 +59,13 @@ class Evaluator:
             write_text(folder / "evaluations" / f"step_{step:08d}.json", text)
         return results
 
+    def forget_after(self, step: int, *, folder: Path) -> None:
+        """Removes scores of later steps, which a run left that was killed, or that stood in this folder before."""
+        if rank() == 0:
+            for path in (folder / "evaluations").glob("step_*.json"):
+                if path.name > f"step_{step:08d}.json":
+                    path.unlink()
+
     def report(self, results: Results, folder: Path) -> None:
         """Writes the report and logs the table; rank 0 works, the others wait."""
         if rank() == 0:

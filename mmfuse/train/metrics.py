@@ -77,12 +77,6 @@ class MetricsWriter:
         self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, time.perf_counter()
         return numbers
 
-    def write_scores(self, step: int, scores: dict[str, float]) -> None:
-        """Evaluation scores, to TensorBoard; their full form is in `evaluations/`."""
-        if rank() == 0:
-            for name, value in scores.items():
-                self._tensorboard.add_scalar(f"evaluation/{name}", value, step)
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves what is done inside (checkpoints, evaluations) out of the step time."""

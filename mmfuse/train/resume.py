@@ -9,6 +9,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from mmfuse.distributed import barrier
 from mmfuse.errors import CheckpointError
 from mmfuse.train.checkpoint import (
     RUN,
@@ -65,7 +66,7 @@ def save(run: RunConfig, engine: Engine, *, step: int, plan_identity: dict[str, 
             run_yaml=yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False),
             keep=run.train.keep_checkpoints,
         )
-    engine.wait_for_everyone()
+    barrier()
 
 
 def _newest_checkpoint(run: RunConfig, engine: Engine, plan_identity: dict[str, Any]) -> Path | None:
@@ -82,6 +83,10 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, plan_identity: dict[str, 
     changed = changed_settings(load_run(str(checkpoint / RUN)), run)
     stored = read_facts(checkpoint)["plan"]
     changed += [f"data: {name} has changed" for name in plan_identity if plan_identity[name] != stored.get(name)]
+    if int(read_facts(checkpoint)["step"]) > run.train.steps:
+        changed.append(
+            f"train.steps: it has done {read_facts(checkpoint)['step']} steps, this run ends after {run.train.steps}"
+        )
     if changed:
         raise CheckpointError(
             f"{checkpoint} belongs to another run. Give the settings back, or choose another name or output_dir:\n  "

@@ -49,7 +49,7 @@ class TrainConfig(Settings):
     global_batch: PositiveInt
     """Samples of one optimizer step, over all ranks and micro-steps."""
     accumulation: PositiveInt = 1
-    """Micro-steps of one optimizer step."""
+    """Micro-steps of one optimizer step; each is normalised by its own counts, and the step takes their mean."""
     precision: Precision = "fp32"
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmfuse.errors import TrainingError
 from mmfuse.log import set_up_logging
+from mmfuse.randomness import hash_int, seed_torch
 from mmfuse.task import Task
 from mmfuse.train.data import TrainingData
 from mmfuse.train.engines.base import Engine
@@ -35,6 +36,7 @@ def train(run: RunConfig) -> Path:
 
     start = start_or_resume(run, engine, task, plan_identity=data.plan.identity())
     write_environment(run.folder, run, strategy=engine.name)
+    evaluator.forget_after(start, folder=run.folder)
     if start == 0:
         evaluator.evaluate_step(task, engine.device, step=0, folder=run.folder)
     fit(run, engine, task, data, evaluator, start=start)
@@ -49,7 +51,9 @@ def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluato
     config, plan = run.train, data.plan
     metrics = MetricsWriter(run.folder, start=start, stop=config.steps, device=engine.device)
     batches = data.batches(evaluator.processors, start=start, engine=engine, metrics=metrics)
+    task.train()
     for step in range(start, config.steps):
+        seed_torch(hash_int(run.seed, "dropout", step, engine.rank), device=engine.device)
         rate = learning_rate_factor(step, config=run.optimizer, total_steps=config.steps)
         set_learning_rate(engine.optimizer, rate)  # before backward: DeepSpeed steps inside it
         for _ in range(config.accumulation):
@@ -66,12 +70,12 @@ def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluato
         if saves or done % config.log_every == 0:
             facts = {"learning_rate": rate * run.optimizer.learning_rate, "grad_norm": grad_norm, **plan.epochs(done)}
             check_finite(metrics.write(done, rows=config.global_batch, facts=facts), step=done)
-        if saves:
-            with metrics.paused():
-                save(run, engine, step=done, plan_identity=plan.identity())
         if config.evaluate_every and done % config.evaluate_every == 0 and not last:
             with metrics.paused():
                 evaluator.evaluate_step(task, engine.device, step=done, folder=run.folder)
+        if saves:
+            with metrics.paused():
+                save(run, engine, step=done, plan_identity=plan.identity())
     metrics.close()
 
 
@@ -79,11 +83,12 @@ def check_finite(numbers: dict[str, float], *, step: int) -> None:
     """Stops all ranks, which have the same numbers.
 
     Raises:
-        TrainingError: the loss is NaN or infinite.
+        TrainingError: the loss or the gradient is NaN or infinite.
     """
-    if not math.isfinite(numbers["loss"]):
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
+    if bad:
         raise TrainingError(
-            f"the loss is {numbers['loss']} at step {step}; the newest checkpoint is from before. Lower the learning "
+            f"{bad[0]} is {numbers[bad[0]]} at step {step}; the newest checkpoint is from before. Lower the learning "
             "rate, raise optimizer.warmup_steps, or use precision fp32"
         )
 

@@ -1,6 +1,7 @@
 """Two processes under every strategy: the same curve as one process, also after a SIGKILL."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from distributed.launches import (
 )
 
 STEPS = 20
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed on CPU compiles a library with g++")
+ZERO2, ZERO3 = (pytest.param(name, marks=needs_compiler) for name in ("zero2", "zero3"))
 TOLERANCE = 2e-6
 """Relative, fp32, over 20 steps with every objective: sums in another order, fed back through Adam."""
 
@@ -50,7 +53,7 @@ def test_the_run_has_batches_that_lack_a_modality_on_one_rank_only(run, finished
     assert lacking >= 5, f"only {lacking} of {STEPS} steps"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", ZERO2, ZERO3])
 def test_two_processes_give_the_loss_curve_of_one(finished, strategy):
     alone, together = finished("cpu"), finished(strategy)
     assert json.loads((together / "environment.json").read_text())["strategy"] == strategy
@@ -61,7 +64,7 @@ def test_two_processes_give_the_loss_curve_of_one(finished, strategy):
     assert losses == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", ZERO2])
 def test_a_killed_run_started_again_equals_the_uninterrupted_one(run, finished, strategy):
     output = run.parent / f"killed_{strategy}"
     kill_after_step(start(strategy, run, output), output, step=9)
@@ -70,3 +73,17 @@ def test_a_killed_run_started_again_equals_the_uninterrupted_one(run, finished, 
     assert "resumed from" in Path(f"{output}.log").read_text()
     assert read_samples(output) == read_samples(finished(strategy))
     assert read_losses(output) == read_losses(finished(strategy))  # to the last bit
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_checkpoint_goes_on_under_other_strategies_and_world_sizes(run, finished):
+    output = run.parent / "moved"
+    for strategy, step in (("cpu", 7), ("zero3", 13), ("ddp", 19)):  # checkpoints every 6 steps
+        kill_after_step(start(strategy, run, output), output, step=step)
+    finish(start("zero2", run, output), output)
+    log = Path(f"{output}.log").read_text()
+    for writer in ("one process on 1", "zero3 on 2", "ddp on 2"):
+        assert f"written by {writer} ranks" in log
+    assert read_samples(output) == read_samples(finished("cpu"))
+    assert read_losses(output) == pytest.approx(read_losses(finished("cpu")), rel=TOLERANCE)

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from mmfuse.distributed import barrier
 from mmfuse.types import Batch, StepOutput
 
 Precision = Literal["fp32", "bf16"]
@@ -62,11 +63,7 @@ class Engine(ABC):
     def import_moments(self, state: PortableState, adam_steps: int) -> None:
         """Adam's moments from a portable checkpoint of any engine and world size. `state` is whole on every rank."""
 
-    def wait_for_everyone(self) -> None:
-        """Until all ranks are here."""
-        self.accelerator.wait_for_everyone()
-
     def close(self) -> None:
         """Leaves the process group in order; without it one exit in 60 ends in an abort."""
-        self.wait_for_everyone()
+        barrier()
         self.accelerator.end_training()
