@@ -1,12 +1,20 @@
 """What every test may rely on: logs that pytest can see, and an Accelerator that starts anew."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import REPOSITORY
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run on CI that skipped a test: everything that tests need is installed there."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)
