@@ -43,6 +43,15 @@ def test_uniform_numbers_are_uniform_and_never_0_or_1() -> None:
     assert float(torch.log(x).min()) > -30
 
 
+def test_the_largest_number_that_there_is_stays_below_1() -> None:
+    key = 3558559446808474027  # mixed, 64 ones
+    assert int(mix(torch.tensor(key))) == -1
+    largest = keyed_uniform(key)
+    assert 1 - 1e-6 < largest < 1
+    assert torch.isfinite(-torch.log(-torch.log(largest)))  # as matching draws its noise
+    assert int(largest * 30_522) < 30_522  # as masked language modelling draws words
+
+
 def test_hashes_are_of_63_bits_and_the_same_in_every_process() -> None:
     assert (
         hash_int("a", 1) == 6_962_120_981_034_877_120
