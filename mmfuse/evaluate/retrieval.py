@@ -85,7 +85,7 @@ def evaluate_retrieval(embedded: EmbeddedSet, config: EvaluationConfig) -> dict[
         directions[f"{source}->{target}"] = {
             **{f"R@{k}": (ranks < k).double().mean().item() for k in config.recall_at},
             **{f"chance R@{k}": chance_recall(right_QG, k) for k in config.recall_at},
-            "median rank": float(ranks.double().median().item()) + 1,
+            "median rank": ranks.double().quantile(0.5).item() + 1,
             "queries": len(queries),
             "gallery": len(gallery),
             "examples": _examples(queries, gallery, query_QE, gallery_GE, ranks, config.num_examples),
