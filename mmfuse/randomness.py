@@ -5,7 +5,6 @@ so a run gives the same numbers on any number of ranks and workers, and after a 
 which presets set to 0, is keyed by rank too.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,12 +15,6 @@ from torch import Tensor
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
-
-
-def hash_int(*parts: object) -> int:
-    """A stable 63-bit integer from any printable parts; Python's own `hash` changes from process to process."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -5,8 +5,8 @@ import random
 from mmfuse.data.recipe import MemberRule
 from mmfuse.data.source import Source
 from mmfuse.errors import SampleError
+from mmfuse.hashing import hash_int
 from mmfuse.modalities.base import Processor
-from mmfuse.randomness import hash_int
 from mmfuse.types import Sample, SampleRef
 
 SOURCE_BITS = 48

@@ -18,7 +18,7 @@ import numpy as np
 
 from mmfuse.data.mixture import PERIOD, Blend
 from mmfuse.errors import ConfigError
-from mmfuse.randomness import hash_int
+from mmfuse.hashing import hash_int
 
 MAX_DEFAULT_LANES = 64
 

@@ -13,7 +13,7 @@ from mmfuse.config import find_plugin
 from mmfuse.data.recipe import MemberRule, Recipe, find_shards
 from mmfuse.data.shard_index import SUFFIX, SampleMembers, ShardIndex
 from mmfuse.errors import ConfigError, DataError, ShardError
-from mmfuse.randomness import hash_int
+from mmfuse.hashing import hash_int
 
 _MAX_OPEN_SHARDS = 64
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mmfuse.distributed import sum_over_ranks, world_size
 from mmfuse.errors import ConfigError
+from mmfuse.hashing import hash_int
 from mmfuse.modalities import text
 from mmfuse.model.model import ModelConfig, at_least_fp32
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
-from mmfuse.randomness import hash_int, keyed_uniform
+from mmfuse.randomness import keyed_uniform
 from mmfuse.types import ModalityBatch
 
 _REPLACED_BY_MASK, _REPLACED_BY_RANDOM = 0.8, 0.1

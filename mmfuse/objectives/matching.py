@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from mmfuse.distributed import fetch_rows, gather_rows, sum_over_ranks, world_size
 from mmfuse.errors import ConfigError
+from mmfuse.hashing import hash_int
 from mmfuse.model.model import ModelConfig, at_least_fp32
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
 from mmfuse.objectives.contrastive import gather_embeddings
-from mmfuse.randomness import hash_int, keyed_uniform
+from mmfuse.randomness import keyed_uniform
 from mmfuse.types import TokenBatch
 
 

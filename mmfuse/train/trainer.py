@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 
 from mmfuse.errors import TrainingError
+from mmfuse.hashing import hash_int
 from mmfuse.log import set_up_logging
-from mmfuse.randomness import hash_int, seed_torch
+from mmfuse.randomness import seed_torch
 from mmfuse.task import Task
 from mmfuse.train.data import TrainingData
 from mmfuse.train.engines.base import Engine

@@ -8,13 +8,14 @@ import pytest
 from helpers import REPOSITORY
 
 FLOORS = (
-    {"types", "config", "errors", "log", "distributed", "randomness", "files"},
+    {"types", "config", "errors", "log", "distributed", "hashing", "randomness", "files"},
     {"modalities"},
     {"data"},
-    {"model", "objectives"},
+    {"model", "objectives", "shards"},
     {"task"},
     {"evaluate"},
     {"train"},
+    {"cli_shards"},
     {"cli"},
 )
 SIDEWAYS = {("objectives", "model")}

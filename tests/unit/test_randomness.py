@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mmfuse.randomness import hash_int, keyed_uniform, mix, seeded_torch
+from mmfuse.hashing import hash_int
+from mmfuse.randomness import keyed_uniform, mix, seeded_torch
 
 
 def splitmix64(x: int) -> int:

@@ -1,0 +1,1 @@
+"""Offline tools around tar shards: index, check, count, look at, build, convert."""
