@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,10 +20,20 @@ def add_shards(commands) -> None:
     index = shards.add_parser(
         "index",
         help="write the small index that reading needs beside every shard",
-        description="Walks every header once, checks it, and writes NAME.tar.mmindex. Shards that have an index of the "
-        "right size are left as they are.",
+        description="Walks every header once, checks it, and writes NAME.tar.mmindex and the folder's manifest. Shards "
+        "whose size and time of change are those of the manifest are left as they are, so an interrupted command goes "
+        "on where it stopped. Remote shards are fetched, --jobs at a time, and deleted again.",
+        epilog="Examples: mmfuse shards index /data/pictures   mmfuse shards index my_pictures.yaml   "
+        "mmfuse shards index --index-dir indexes 's3://bucket/pictures/{00000..00127}.tar'",
     )
     index.add_argument("--force", action="store_true", help="index again, whatever is there")
+    index.add_argument("--checksum", action="store_true", help="record checksums of local tars too (reads every byte)")
+    index.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="shards at a time (%(default)s)"
+    )
+    index.add_argument(
+        "--index-dir", type=Path, metavar="DIR", help="put indexes here; for remote shards and read-only folders"
+    )
     index.set_defaults(command=_shards_index)
 
     check = shards.add_parser(
@@ -37,38 +48,43 @@ def add_shards(commands) -> None:
     stats.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     stats.set_defaults(command=_shards_stats)
     for command in (index, check, stats):
-        command.add_argument("paths", nargs="+", metavar="PATH", help="tar files, glob patterns, or folders of tars")
+        command.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, patterns, URLs, or a recipe")
 
 
 # The commands import what they need when they run: `mmfuse --help` must not wait for torch.
 
 
 def _shards_index(options: argparse.Namespace) -> int:
-    damaged, samples, indexed = _index(options.paths, force=options.force)
-    print(
-        f"{indexed} shards with {samples:,} samples are indexed" + (f"; {len(damaged)} are damaged" if damaged else "")
-    )
+    from tqdm import tqdm
+
+    from mmfuse.shards.index import index_shards
+
+    shards = _find(options.paths, index_folder=options.index_dir)
+    results = index_shards(shards, jobs=options.jobs, force=options.force, checksum=options.checksum)
+    damaged, samples, kept = 0, 0, 0
+    for result in tqdm(results, total=len(shards), desc="indexing", unit="shard", leave=False, disable=None):
+        if isinstance(result.outcome, ShardError):
+            damaged += 1
+            tqdm.write(f"mmfuse: error: {result.outcome}", file=sys.stderr)
+        else:
+            samples, kept = samples + result.outcome.samples, kept + (not result.is_new)
+    found = f"{len(shards) - damaged} shards with {samples:,} samples are indexed"
+    print(found + (f" ({kept} were up to date)" if kept else "") + (f"; {damaged} are damaged" if damaged else ""))
     return ShardError.exit_code if damaged else 0
 
 
-def _index(paths: list[str], *, force: bool) -> tuple[dict[Path, str], int, int]:
-    """Indexes with a progress bar and prints what is bad: a message by damaged shard, samples, good shards."""
-    from tqdm import tqdm
+def _find(paths: list[str], *, index_folder: Path | None) -> "list[Shard]":
+    """Shards that are named by files, folders, patterns, URLs, or a recipe for all its splits."""
+    from mmfuse.data.recipe import find_split, load_recipe, place_shards
+    from mmfuse.data.urls import find_shards
 
-    from mmfuse.data.checks import index_shards
-    from mmfuse.data.recipe import find_shards
-
-    damaged, samples, indexed = {}, 0, 0
-    shards = find_shards(tuple(paths))
-    for shard, outcome in tqdm(
-        index_shards(shards, force=force), total=len(shards), desc="indexing", unit="shard", leave=False, disable=None
-    ):
-        if isinstance(outcome, ShardError):
-            damaged[shard] = str(outcome)
-            tqdm.write(f"mmfuse: error: {outcome}", file=sys.stderr)
-        else:
-            indexed, samples = indexed + 1, samples + len(outcome)
-    return damaged, samples, indexed
+    shards = []
+    for name in (path for path in paths if path.endswith((".yaml", ".yml"))):
+        recipe, place = load_recipe(name)
+        shards += [shard for split in recipe.splits for shard in find_split(recipe, split, place=place)]
+    if plain := tuple(path for path in paths if not path.endswith((".yaml", ".yml"))):
+        shards += place_shards(find_shards(plain), index_folder=index_folder)
+    return list(dict.fromkeys(shards))
 
 
 def _shards_check(options: argparse.Namespace) -> int:

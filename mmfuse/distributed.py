@@ -1,6 +1,8 @@
 """Ranks, and the three exchanges that objectives need. All work with and without a process group."""
 
 import os
+import socket
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,17 @@ def world_size() -> int:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def ranks_of_this_node() -> list[int]:
+    """Ranks that run on the same kernel and under the same host name, this one among them; all ranks must call."""
+    if world_size() == 1:
+        return [rank()]
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    here = socket.gethostname(), boot.read_text() if boot.is_file() else ""
+    places: list[tuple[str, str]] = [here] * world_size()
+    dist.all_gather_object(places, here)
+    return [number for number, place in enumerate(places) if place == here]
 
 
 def slice_of_rank(total: int, *, rank: int, world_size: int) -> slice:

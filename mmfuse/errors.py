@@ -24,7 +24,12 @@ class ShardError(DataError):
 
 
 class SampleError(DataError):
-    """One member of one sample cannot be decoded. Stops the run, and names the member."""
+    """One member of one sample cannot be decoded. Masks its modality; many of them stop the run."""
+
+    def __init__(self, message: str, *, kind: str = "not_decodable") -> None:
+        """`kind` is what it is counted under: a few words, the same for all of its kind."""
+        super().__init__(message)
+        self.kind = kind
 
 
 class CheckpointError(MmfuseError):

@@ -21,14 +21,30 @@ class SampleRef(NamedTuple):
     epoch: int
 
 
+class Fault(NamedTuple):
+    """A member that could not be decoded; its modality is treated as absent."""
+
+    source: str
+    shard: str
+    key: str
+    extension: str
+    kind: str
+    """For counting."""
+    reason: str
+    """For reading."""
+    lost: bool
+    """Whether nothing else is left of the sample."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One decoded sample. A modality without an entry in `features` is absent."""
+    """One decoded sample. A modality without an entry in `features` is absent; a sample may have lost all of them."""
 
     sample_id: int
     group_id: int
     key: str
     features: dict[str, Features]
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class Batch:
     step: int
     global_rows: int
     """Rows of this micro-batch over all ranks."""
+    faults: tuple[Fault, ...] = ()
 
     def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
@@ -108,8 +125,6 @@ class Encoded(NamedTuple):
     token_batch: TokenBatch
     embeddings: dict[str, Tensor]
     """`(B, E)` per modality in fp32, L2-normalised; zeros in rows that lack the modality."""
-    anchor: Tensor
-    """Scalar 0, connected to the encoders that this rank had no rows for, so that every rank has every gradient."""
 
 
 class FusionOutput(NamedTuple):

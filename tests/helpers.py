@@ -11,8 +11,9 @@ import soundfile
 import yaml
 from PIL import Image
 
-from mmfuse.data.checks import index_shards
-from mmfuse.data.recipe import find_shards
+from mmfuse.data.recipe import place_shards
+from mmfuse.data.urls import find_shards
+from mmfuse.shards.index import IndexedShard, index_shards
 
 REPOSITORY = Path(__file__).parents[1]
 EXTENSION = {"image": "jpg", "text": "txt", "audio": "ogg"}
@@ -101,13 +102,18 @@ def write_data_set(
             number += 1
         write_tar(folder / f"train-{shard}.tar", members)
     if index:
-        list(index_shards(find_shards((str(folder),))))
+        index_folder(folder)
     recipe = {
         "name": folder.name.replace(".", "_"),
         "members": {m: {"extensions": [EXTENSION[m]]} for m in modalities},
         "splits": {"train": {"shards": ["train-*.tar"]}},
     }
     return write_yaml(folder / "recipe.yaml", recipe)
+
+
+def index_folder(folder: Path) -> list[IndexedShard]:
+    """Indexes all tars of a folder, as `mmfuse shards index FOLDER` does."""
+    return list(index_shards(place_shards(find_shards((str(folder),)), index_folder=None)))
 
 
 def write_tiny_run(folder: Path, recipe: Path | str, *, modalities: Iterable[str] = ("text", "image")) -> Path:

@@ -25,4 +25,5 @@ def collate_samples(samples: list[Sample], processors: dict[str, Processor], *, 
         inputs=inputs,
         step=step,
         global_rows=global_rows,
+        faults=tuple(fault for sample in samples for fault in sample.faults),
     )

@@ -1,20 +1,23 @@
 """Members -> a sample, seeded by what the sample is, so that workers, retries and resumes give the same tensors."""
 
-import random
-
-from mmfuse.data.recipe import MemberRule
-from mmfuse.data.source import Source
+from mmfuse.data.captions import choose_caption
+from mmfuse.data.source import RawSample, Source
 from mmfuse.errors import SampleError
 from mmfuse.hashing import hash_int
 from mmfuse.modalities.base import Processor
-from mmfuse.types import Sample, SampleRef
+from mmfuse.types import Fault, Sample, SampleRef
 
 SOURCE_BITS = 48
 """A sample id is `source << SOURCE_BITS | number`."""
 
 
 class SampleDecoder:
-    """Reads and decodes the samples of a mixture."""
+    """Reads and decodes the samples of a mixture.
+
+    A member that cannot be decoded masks its modality, and a sample of which nothing is left stays as a row without
+    modalities: no other takes its place, so the plan never depends on what was found. Whatever keeps bytes from being
+    read stops the run instead.
+    """
 
     def __init__(self, sources: list[Source], processors: dict[str, Processor], *, seed: int | None) -> None:
         """With `seed` None the deterministic transforms of evaluation."""
@@ -24,33 +27,44 @@ class SampleDecoder:
         """One decoded sample; padding (`number < 0`) has no modality.
 
         Raises:
-            SampleError: a member is not what its extension says; names shard, key and member.
             ShardError: the shard has changed.
+            DataError: it cannot be read.
         """
         if ref.number < 0:
             return Sample(sample_id=-1, group_id=-1, key="", features={})
-        source = self.sources[ref.source]
-        raw = source.read(ref.number)
-        features = {}
+        bucket, number = divmod(ref.source, len(self.sources))
+        source = self.sources[number]
+        seed = None if self.seed is None else hash_int(self.seed, source.name, ref.epoch, bucket, ref.number)
+        raw = source.read(ref.number, bucket=bucket, seed=seed)
+        features, problems = {}, {}
         for modality, (extension, data) in raw.members.items():
-            seed = None if self.seed is None else hash_int(self.seed, source.name, ref.epoch, ref.number, modality)
             try:
-                data = choose_caption(data, source.rules[modality], seed=seed)
-                features[modality] = self.processors[modality](data, seed=seed)
+                features[modality] = self._decode(modality, data, source, seed=seed)
             except SampleError as error:
-                raise SampleError(
-                    f"{raw.key}.{extension}: {error}. Run `mmfuse shards check` on its shard to find every bad member"
-                ) from error
+                problems[extension] = error
+        sample_id = ref.source << SOURCE_BITS | ref.number
         return Sample(
-            sample_id=ref.source << SOURCE_BITS | ref.number, group_id=raw.group_id, key=raw.key, features=features
+            sample_id=sample_id,
+            group_id=sample_id if raw.group is None else hash_int(raw.group),
+            key=f"{raw.shard}/{raw.key}",
+            features=features,
+            faults=_describe(problems, source.name, raw, lost=not features) if problems else (),
         )
 
+    def _decode(self, modality: str, data: bytes, source: Source, *, seed: int | None):
+        seed = None if seed is None else hash_int(seed, modality)
+        try:
+            return self.processors[modality](choose_caption(data, source.rules[modality], seed=seed), seed=seed)
+        except SampleError:
+            raise
+        except (
+            Exception
+        ) as error:  # decoders of foreign bytes raise what they like; the limits stop what is no sample's fault
+            raise SampleError(f"{type(error).__name__}: {error}", kind="unexpected") from error
 
-def choose_caption(data: bytes, rule: MemberRule, *, seed: int | None) -> bytes:
-    """One line of several captions, drawn by `seed`, or the first without one; other members as they are."""
-    if rule.captions != "lines":
-        return data
-    lines = [line for line in data.splitlines() if line.strip()]
-    if not lines:
-        raise SampleError("no caption in any line")
-    return lines[0] if seed is None else random.Random(seed).choice(lines)
+
+def _describe(problems: dict[str, SampleError], source: str, raw: RawSample, *, lost: bool) -> tuple[Fault, ...]:
+    return tuple(
+        Fault(source, raw.shard, raw.key, extension, error.kind, str(error), lost)
+        for extension, error in problems.items()
+    )

@@ -18,6 +18,9 @@ from mmfuse.distributed import slice_of_rank
 from mmfuse.errors import MmfuseError
 from mmfuse.types import Batch, SampleRef
 
+_PLANNED_AT_ONCE = 2048
+"""Samples whose places are computed in one go: alone, each would cost a hundred times as much."""
+
 
 class BatchRequest(NamedTuple):
     """What the sampler asks a worker for."""
@@ -46,11 +49,20 @@ def training_requests(
     plan: DataPlan, *, start: int, stop: int, rank: int, world_size: int, accumulation: int = 1
 ) -> Iterator[BatchRequest]:
     """This rank's slices of the micro-batches of global batches `[start, stop)`, `accumulation` of them a step."""
-    micro = plan.global_batch // accumulation
-    own = slice_of_rank(micro, rank=rank, world_size=world_size)
-    for step in range(start, stop):
-        for begin in range(0, plan.global_batch, micro):
-            yield BatchRequest(step, plan.rows(step, begin + own.start, begin + own.stop), micro)
+    positions = positions_of_rank(plan.global_batch, rank=rank, world_size=world_size, accumulation=accumulation)
+    chunk = max(1, _PLANNED_AT_ONCE // max(1, positions.size))
+    for first in range(start, stop, chunk):
+        steps = np.arange(first, min(first + chunk, stop))
+        refs = plan.locate(np.repeat(steps, positions.size), np.tile(positions.ravel(), len(steps)))
+        for number, part in enumerate(np.split(refs, len(steps) * accumulation)):
+            yield BatchRequest(int(steps[number // accumulation]), part, plan.global_batch // accumulation)
+
+
+def positions_of_rank(global_batch: int, *, rank: int, world_size: int, accumulation: int = 1) -> np.ndarray:
+    """Which positions of every global batch a rank reads: int64 `(accumulation, rows)`."""
+    own = slice_of_rank(global_batch // accumulation, rank=rank, world_size=world_size)
+    begins = np.arange(accumulation) * (global_batch // accumulation)
+    return begins[:, None] + np.arange(own.start, own.stop)
 
 
 def evaluation_requests(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[BatchRequest]:

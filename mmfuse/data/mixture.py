@@ -1,17 +1,14 @@
-"""A mixture: weighted sources, and the table that says whose turn it is."""
+"""A mixture: the weighted sources of a run, and how their samples are read."""
 
-from collections.abc import Sequence
-
-import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mmfuse.config import Settings
+from mmfuse.data.buckets import BucketConfig, LengthBuckets
+from mmfuse.data.prefetch_loop import CacheConfig
+from mmfuse.data.quarantine import QuarantineConfig
 from mmfuse.data.recipe import load_recipe
+from mmfuse.data.shard_files import NodeCache
 from mmfuse.data.source import Source
-from mmfuse.errors import ConfigError
-
-PERIOD = 65_536
-"""Slots of the blend table; a weight is met to 1 part in this many."""
 
 
 class SourceConfig(Settings):
@@ -38,6 +35,11 @@ class DataConfig(Settings):
     """Loader processes of each rank."""
     prefetch_batches: PositiveInt = 4
     """Batches that each worker keeps ready."""
+    buckets: BucketConfig | None = None
+    """Samples of like length in one global batch; null: lengths are mixed."""
+    quarantine: QuarantineConfig = QuarantineConfig()
+    cache: CacheConfig = CacheConfig()
+    """Of remote shards."""
 
     @model_validator(mode="after")
     def _weights_all_or_none(self) -> "DataConfig":
@@ -49,38 +51,13 @@ class DataConfig(Settings):
         return self
 
 
-def open_source(config: SourceConfig, *, modalities: tuple[str, ...]) -> Source:
+def open_source(
+    config: SourceConfig,
+    *,
+    modalities: tuple[str, ...],
+    cache: NodeCache | None = None,
+    buckets: LengthBuckets | None = None,
+) -> Source:
     """The source that a run names."""
-    recipe, folder = load_recipe(config.recipe)
-    return Source(recipe, config.split, folder=folder, modalities=modalities)
-
-
-class Blend:
-    """Which source each slot of a lane draws from, and how often it was drawn before: O(1) at any slot.
-
-    The table holds integer counts that add up to PERIOD, each source's turns evenly spread. (Closed-form rounding of
-    cumulative targets looks simpler and gives negative counts in every other blend.)
-    """
-
-    def __init__(self, weights: Sequence[float]) -> None:
-        shares = np.asarray(weights, dtype=np.float64) / sum(weights) * PERIOD
-        self.counts = np.floor(shares).astype(np.int64)
-        largest_remainders = np.argsort(self.counts - shares, kind="stable")
-        self.counts[largest_remainders[: PERIOD - self.counts.sum()]] += 1
-        if (self.counts == 0).any():
-            raise ConfigError(f"a weight is below 1/{PERIOD} of the sum: that source would never be drawn")
-        turns = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
-        owners = np.repeat(np.arange(len(self.counts)), self.counts)
-        self.table = owners[np.argsort(turns, kind="stable")]
-        before = np.zeros((PERIOD + 1, len(self.counts)), dtype=np.int64)
-        before[1:] = np.cumsum(self.table[:, None] == np.arange(len(self.counts)), axis=0)
-        self.before = before
-
-    def sources(self, start: int, stop: int) -> np.ndarray:
-        """The source of every slot in `[start, stop)`."""
-        return self.table[np.arange(start, stop) % PERIOD]
-
-    def drawn(self, slot: int) -> np.ndarray:
-        """How often each source was drawn before `slot`."""
-        periods, rest = divmod(slot, PERIOD)
-        return periods * self.counts + self.before[rest]
+    recipe, place = load_recipe(config.recipe)
+    return Source(recipe, config.split, place=place, modalities=modalities, cache=cache, buckets=buckets)

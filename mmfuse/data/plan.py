@@ -5,20 +5,21 @@ No rank, world size or worker count enters the choice, and there is no state: a 
 - The global batch is cut into `lanes`, fixed for a run; lane l fills positions `[l*q, (l+1)*q)` with q = batch / lanes.
 - The j-th draw of lane l from a source of N samples is draw `d = j * lanes + l` of that source: its epoch is `d // N`.
   So every sample of every epoch is dealt exactly once, epochs end inside a global batch, and no tail is dropped.
-- In each epoch the shards are permuted and their samples strung together; lane l takes the next part of that string,
-  as long as its number of draws in this epoch, and shuffles it in windows of a few shards. Lanes decide only who reads
-  which shard. A source of few shards is shuffled as a whole first: locality would gain nothing there.
+- Length buckets, where a run has them, come first: a table says which bucket step t draws from, on all lanes, and each
+  bucket deals its own part of every source as below. Without them there is one bucket.
+- In which order an epoch's samples come is `SourceOrder`'s matter; a lane reads few shards at a time.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import heapq
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmfuse.data.mixture import PERIOD, Blend
+from mmfuse.data.blend import Blend, Schedule, WeightSegment
+from mmfuse.data.order import ShardUse, SourceOrder
 from mmfuse.errors import ConfigError
-from mmfuse.hashing import hash_int
 
 MAX_DEFAULT_LANES = 64
 
@@ -28,89 +29,9 @@ class PlannedSource(NamedTuple):
 
     name: str
     counts: np.ndarray
-    """Samples of each shard."""
+    """Samples of each shard: int64 `(shards,)`, or `(buckets, shards)`."""
     weight: float
     index_hash: str
-
-
-class SourceOrder:
-    """The endless, shuffled order in which one source's samples are dealt to lanes."""
-
-    def __init__(self, source: PlannedSource, *, lanes: int, seed: int, window_shards: int) -> None:
-        self.name, self.lanes, self.seed, self.window_shards = source.name, lanes, seed, window_shards
-        self.counts = source.counts
-        self.starts = np.cumsum(source.counts) - source.counts
-        self.total = int(source.counts.sum())
-        self.shuffled_whole = len(source.counts) <= window_shards
-        self._cache: OrderedDict[tuple, Any] = OrderedDict()
-
-    def draws(self, lane: int, start: int, stop: int) -> np.ndarray:
-        """Draws `[start, stop)` of a lane: int64 `(stop - start, 2)`, sample number and epoch."""
-        parts = []
-        while start < stop:
-            epoch = (start * self.lanes + lane) // self.total
-            first, end = self._first_draw(epoch, lane), self._first_draw(epoch + 1, lane)
-            until = min(stop, end)
-            numbers = self._part(epoch, lane, start - first, until - first)
-            parts.append(np.stack([numbers, np.full_like(numbers, epoch)], axis=1))
-            start += len(numbers)
-        return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
-
-    def _first_draw(self, epoch: int, lane: int | np.ndarray) -> Any:
-        """The lane's first draw j whose `j * lanes + lane` is not before the epoch."""
-        return -((lane - epoch * self.total) // self.lanes)
-
-    def _part(self, epoch: int, lane: int, start: int, stop: int) -> np.ndarray:
-        """Samples `[start, stop)` of the lane's part of an epoch; may stop early, at the end of a window."""
-        begin, edges = self._cached(("windows", epoch, lane), self._windows)
-        if self.shuffled_whole:
-            return self._cached(("whole", epoch), self._whole_epoch)[begin + start : begin + stop]
-        window = int(np.searchsorted(edges, begin + start, side="right")) - 1
-        numbers = self._cached(("window", epoch, lane, window), self._shuffled_window)
-        return numbers[begin + start - edges[window] : begin + stop - edges[window]]
-
-    def _windows(self, epoch: int, lane: int) -> tuple[int, np.ndarray]:
-        """Where the lane's part begins in the string of the epoch, and the edges of its windows."""
-        lanes = np.arange(self.lanes + 1)
-        lengths = self._first_draw(epoch + 1, lanes) - self._first_draw(epoch, lanes)
-        begin = int(lengths[:lane].sum())
-        end = begin + int(lengths[lane])
-        _, ends = self._cached(("shards", epoch), self._permuted_shards)
-        inside = ends[(ends > begin) & (ends < end)]
-        return begin, np.array([begin, *inside[self.window_shards - 1 :: self.window_shards], end])
-
-    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = self._generator("shards", epoch).permutation(len(self.counts))
-        return order, np.cumsum(self.counts[order])
-
-    def _whole_epoch(self, epoch: int) -> np.ndarray:
-        return self._generator("whole", epoch).permutation(self.total)
-
-    def _shuffled_window(self, epoch: int, lane: int, window: int) -> np.ndarray:
-        _, edges = self._cached(("windows", epoch, lane), self._windows)
-        order, ends = self._cached(("shards", epoch), self._permuted_shards)
-        begin, end = edges[window], edges[window + 1]
-        first, last = np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, end, side="left")
-        pieces = []
-        for place in range(first, last + 1):
-            shard, shard_begin = order[place], ends[place] - self.counts[order[place]]
-            low, high = max(begin, shard_begin) - shard_begin, min(end, ends[place]) - shard_begin
-            pieces.append(np.arange(low, high) + self.starts[shard])
-        numbers = np.concatenate(pieces)
-        self._generator("window", epoch, lane, window).shuffle(numbers)
-        return numbers
-
-    def _generator(self, *purpose: object) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=hash_int(self.seed, self.name, *purpose)))
-
-    def _cached(self, key: tuple, build: Any) -> Any:
-        """`build(*key[1:])`, kept while recent; two entries a lane hold its window and the next."""
-        if key not in self._cache:
-            self._cache[key] = build(*key[1:])
-            if len(self._cache) > 4 * self.lanes + 4:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
 
 
 class DataPlan:
@@ -124,63 +45,150 @@ class DataPlan:
         global_batch: int,
         lanes: int | None = None,
         window_shards: int = 8,
+        segments: Sequence[WeightSegment] = (),
     ) -> None:
         """Plans without reading any data.
 
+        Args:
+            segments: the weights that held so far, of a resumed run; without, the sources' own hold from the start.
         Raises:
             ConfigError: lanes do not divide the global batch, two sources have one name, or a weight is out of reach.
         """
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
             raise ConfigError(f"two sources of data.train have one name in {', '.join(names)}: rename a recipe")
-        self.global_batch, self.seed = global_batch, seed
-        self.lanes = lanes or max(
-            n for n in range(1, min(MAX_DEFAULT_LANES, global_batch) + 1) if global_batch % n == 0
-        )
+        self.global_batch, self.seed, self.window_shards = global_batch, seed, window_shards
+        self.lanes = lanes or _default_lanes(global_batch)
         if global_batch % self.lanes:
             raise ConfigError(f"data.lanes = {self.lanes} does not divide the global batch of {global_batch}")
         self.sources = tuple(sources)
-        self.window_shards = window_shards
-        self.blend = Blend([source.weight for source in sources])
-        self.orders = [
-            SourceOrder(source, lanes=self.lanes, seed=seed, window_shards=window_shards) for source in sources
-        ]
+        self.segments = tuple(segments) or (WeightSegment(0, tuple(source.weight for source in sources)),)
+        shares = self._bucket_shares()
+        labels = [f"length bucket {number}" for number in range(shares.shape[1])]
+        self._buckets = Schedule([(s.start_step, Blend(b, names=labels)) for s, b in self._each(shares)], lanes=1)
+        self._parts = [self._plan_bucket(number, shares) for number in range(len(labels))]
 
     def identity(self) -> dict[str, Any]:
-        """All that the order depends on; a resumed run must have the same."""
+        """All that the order depends on but for the weights; a resumed run must have the same."""
         return {
             "seed": self.seed,
             "global_batch": self.global_batch,
             "lanes": self.lanes,
             "window_shards": self.window_shards,
-            "sources": [{"name": s.name, "weight": s.weight, "index_hash": s.index_hash} for s in self.sources],
+            "buckets": len(self._parts),
+            "sources": [{"name": source.name, "index_hash": source.index_hash} for source in self.sources],
         }
 
     def rows(self, step: int, start: int, stop: int) -> np.ndarray:
         """Positions `[start, stop)` of global batch `step`: int64 `(stop - start, 3)`, a `SampleRef` each."""
+        positions = np.arange(start, stop)
+        return self.locate(np.full_like(positions, step), positions)
+
+    def locate(self, step: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """The samples at positions of global batches, elementwise: int64 `(n,)` both -> `(n, 3)`, a `SampleRef` each.
+
+        A thousand at once cost a microsecond each, one alone costs a millisecond.
+        """
+        bucket, number = self._buckets.at(np.zeros_like(step), step)
+        refs = np.empty((len(step), 3), np.int64)
+        for part in np.unique(bucket):
+            here = bucket == part
+            refs[here] = self._parts[part].locate(number[here], position[here])
+            refs[here, 0] += part * len(self.sources)
+        return refs
+
+    def shard_uses(self, start: int, *, rows: Sequence[range]) -> Iterator[ShardUse]:
+        """What these rows of the global batches from step `start` on are read from: endless, by first step."""
+        drawn = self._buckets.drawn(start)[0]
         per_lane = self.global_batch // self.lanes
-        first, last = start // per_lane, -(-stop // per_lane)
-        rows = np.concatenate([self._lane_batch(step, lane, per_lane) for lane in range(first, last)])
-        return rows[start - first * per_lane : stop - first * per_lane]
+        lanes = sorted({lane for r in rows for lane in range(r.start // per_lane, -(-r.stop // per_lane))})
+        return heapq.merge(*(self._uses_of_bucket(n, int(drawn[n]), lanes) for n in range(len(self._parts))))
 
-    def _lane_batch(self, step: int, lane: int, per_lane: int) -> np.ndarray:
-        # Every lane follows the same table, each from another place, so a global batch mixes the sources.
-        turn = lane * PERIOD // self.lanes
-        start = turn + step * per_lane
-        owners = self.blend.sources(start, start + per_lane)
-        drawn = self.blend.drawn(start) - self.blend.drawn(turn)
-        rows = np.empty((per_lane, 3), np.int64)
-        rows[:, 0] = owners
-        for source in np.unique(owners):
-            mine = owners == source
-            rows[mine, 1:] = self.orders[source].draws(lane, int(drawn[source]), int(drawn[source] + mine.sum()))
-        return rows
+    def epochs(self, step: int) -> np.ndarray:
+        """How many epochs of each source were dealt before `step`: float64 `(sources,)`."""
+        done = self._buckets.drawn(step)[0]
+        dealt = np.sum([part.dealt(int(n)) for part, n in zip(self._parts, done, strict=True)], axis=0)
+        return dealt / [source.counts.sum() for source in self.sources]
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """How many epochs of each source were dealt before `step`, as numbers for the metrics."""
-        turns = [lane * PERIOD // self.lanes for lane in range(self.lanes)]
-        slots = step * (self.global_batch // self.lanes)
-        dealt = np.sum([self.blend.drawn(turn + slots) - self.blend.drawn(turn) for turn in turns], axis=0)
-        return {
-            f"epochs/{s.name}": float(n / o.total) for s, o, n in zip(self.sources, self.orders, dealt, strict=True)
-        }
+    def _uses_of_bucket(self, part: int, start: int, lanes: list[int]) -> Iterator[ShardUse]:
+        for use in self._parts[part].shard_uses(start, lanes):
+            first = self._buckets.slot_of(0, part, use.first_step)
+            last = self._buckets.slot_of(0, part, use.last_step)
+            yield ShardUse(first, last, use.source, use.shard)
+
+    def _bucket_shares(self) -> np.ndarray:
+        """`(sources, buckets)`: which part of each source is in which bucket."""
+        counts = np.stack([np.atleast_2d(source.counts).sum(1) for source in self.sources])
+        return counts / counts.sum(1, keepdims=True)
+
+    def _each(self, shares: np.ndarray) -> Iterator[tuple[WeightSegment, list[float]]]:
+        """Each segment with the weights of the buckets in it."""
+        for segment in self.segments:
+            yield segment, (np.array(segment.weights) / sum(segment.weights) @ shares).tolist()
+
+    def _plan_bucket(self, number: int, shares: np.ndarray) -> "_LanePlan":
+        held = [source for source in range(len(self.sources)) if shares[source, number] > 0]
+        names = [self.sources[source].name for source in held]
+        per_lane = self.global_batch // self.lanes
+        blends = [
+            (
+                int(self._buckets.drawn(segment.start_step)[0, number]) * per_lane,
+                Blend([segment.weights[source] * shares[source, number] for source in held], names=names),
+            )
+            for segment in self.segments
+        ]
+        orders = [
+            SourceOrder(
+                f"{self.sources[source].name}#{number}" if shares.shape[1] > 1 else self.sources[source].name,
+                np.atleast_2d(self.sources[source].counts)[number],
+                lanes=self.lanes,
+                seed=self.seed,
+                window_shards=self.window_shards,
+            )
+            for source in held
+        ]
+        return _LanePlan(held, orders, Schedule(blends, lanes=self.lanes), per_lane=per_lane)
+
+
+class _LanePlan:
+    """The samples of every global batch that draws from one bucket; steps are counted within the bucket."""
+
+    def __init__(self, held: list[int], orders: list[SourceOrder], schedule: Schedule, *, per_lane: int) -> None:
+        self.held, self.orders, self.schedule, self.per_lane = np.array(held), orders, schedule, per_lane
+
+    def locate(self, step: np.ndarray, position: np.ndarray) -> np.ndarray:
+        lane, within = position // self.per_lane, position % self.per_lane
+        owner, draw = self.schedule.at(lane, step * self.per_lane + within)
+        refs = np.empty((len(step), 3), np.int64)
+        refs[:, 0] = self.held[owner]
+        for number in np.unique(owner):
+            here = owner == number
+            refs[here, 1:] = self.orders[number].draws(lane[here], draw[here])
+        return refs
+
+    def shard_uses(self, start: int, lanes: list[int]) -> Iterator[ShardUse]:
+        drawn = self.schedule.drawn(start * self.per_lane)
+        return heapq.merge(
+            *(
+                self._uses_of_lane(number, lane, int(drawn[lane, number]))
+                for number in range(len(self.orders))
+                for lane in lanes
+            )
+        )
+
+    def _uses_of_lane(self, number: int, lane: int, draw: int) -> Iterator[ShardUse]:
+        for first, last, shard in self.orders[number].windows(lane, draw):
+            first_step = self.schedule.slot_of(lane, number, first) // self.per_lane
+            last_step = self.schedule.slot_of(lane, number, last) // self.per_lane
+            yield ShardUse(first_step, last_step, int(self.held[number]), shard)
+
+    def dealt(self, step: int) -> np.ndarray:
+        """Draws from every source before a step."""
+        dealt = np.zeros(int(self.held.max()) + 1, np.int64)
+        dealt[self.held] = self.schedule.drawn(step * self.per_lane).sum(0)
+        return dealt
+
+
+def _default_lanes(global_batch: int) -> int:
+    """The largest divisor up to MAX_DEFAULT_LANES: as much locality as possible, whatever the number of ranks."""
+    return max(n for n in range(1, min(MAX_DEFAULT_LANES, global_batch) + 1) if math.gcd(global_batch, n) == n)

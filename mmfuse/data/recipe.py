@@ -1,13 +1,15 @@
 """A recipe: the YAML that describes one dataset, so that a run can name it."""
 
-import glob
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
 from mmfuse.config import Settings, load_yaml, suggest, validate
+from mmfuse.data.manifest import index_name
+from mmfuse.data.urls import find_shards, is_remote, show_url
 from mmfuse.errors import ConfigError, DataError
 
 REPOSITORY_RECIPES = Path(__file__).parents[2] / "data_shards" / "recipes"
@@ -21,20 +23,38 @@ def _compilable(pattern: str) -> str:
     return pattern
 
 
+class JsonCaptions(Settings):
+    """Captions inside a JSON member."""
+
+    keys: dict[str, PositiveFloat] = Field(min_length=1)
+    """Fields by their weights, `a.b` for a field within a field; each holds a caption or a list of them. Training draws
+    among the fields that a sample has, then from the list; evaluation takes the first of both."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _equal_weights(cls, value: Any) -> Any:
+        """A plain list of fields has equal weights."""
+        if isinstance(value, dict) and isinstance(value.get("keys"), list):
+            return {**value, "keys": dict.fromkeys(value["keys"], 1.0)}
+        return value
+
+
 class MemberRule(Settings):
     """Which members of a sample hold one modality, and how they are read."""
 
-    extensions: tuple[str, ...] = Field(min_length=1)
-    """Without the leading dot, the preferred one first."""
-    captions: Literal["whole", "lines"] = "whole"
+    extensions: tuple[str, ...] | dict[str, PositiveFloat] = Field(min_length=1)
+    """Without the leading dot. A list: the first that a sample has. With weights: training draws among those that it
+    has, evaluation takes the first."""
+    captions: Literal["whole", "lines"] | JsonCaptions = "whole"
     """Text only. `lines`: one caption a line; training draws one, evaluation takes the first."""
 
 
 class Split(Settings):
     """A named part of the dataset."""
 
-    shards: tuple[str, ...] = Field(min_length=1)
-    """Tar files or glob patterns, relative to the recipe's folder."""
+    shards: tuple[str, ...] | dict[str, tuple[str, ...]] = Field(min_length=1)
+    """Tar files, folders, glob and brace patterns, relative to the recipe's folder, or URLs. By modality where each has
+    tars of its own: the n-th tars of all belong together, and their samples are joined by key."""
     samples: int | None = Field(default=None, ge=1)
     """How many samples the index must find; a difference stops the run."""
 
@@ -51,6 +71,8 @@ class Recipe(Settings):
     """By modality; null: by the extensions that each modality's file names, as img2dataset and CLAP-style tars have."""
     group_pattern: Annotated[str, AfterValidator(_compilable)] | None = None
     """What this finds in the key names the sample's group; samples of one group are never each other's negatives."""
+    index: str | None = None
+    """Folder of the indexes, relative to the recipe; null: beside local tars, `RECIPE.index` for remote ones."""
     splits: dict[str, Split] = Field(min_length=1)
 
 
@@ -67,26 +89,73 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(name: str) -> tuple[Recipe, Path]:
-    """The recipe of that name or path, and the folder that its shard patterns are relative to."""
+    """The recipe of that name or path, and its file, which its patterns are relative to."""
     path = find_recipe(name)
-    return validate(Recipe, load_yaml(path), source=str(path)), path.parent
+    return validate(Recipe, load_yaml(path), source=str(path)), path
 
 
-def find_shards(patterns: tuple[str, ...], *, folder: Path = Path()) -> list[Path]:
-    """Tar files that the patterns name, sorted; a folder stands for all tars in it.
+class Shard(NamedTuple):
+    """One shard: a tar, or several whose samples are joined by key, and the folder of its index."""
+
+    parts: tuple[str, ...]
+    """Paths or URLs."""
+    index_folder: Path
+    name: str
+    """In the manifest of that folder."""
+
+    @property
+    def shown(self) -> str:
+        """For people: without secrets."""
+        return " + ".join(map(show_url, self.parts))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it must be fetched before it is read."""
+        return any(map(is_remote, self.parts))
+
+
+def find_split(recipe: Recipe, split: str, *, place: Path) -> list[Shard]:
+    """The shards of a split, in the order that numbers its samples.
+
+    Args:
+        place: the recipe's file.
+    Raises:
+        ConfigError: the recipe has no such split, or a pattern is refused.
+        DataError: a pattern matches nothing, or modalities have different numbers of tars.
+    """
+    if split not in recipe.splits:
+        raise ConfigError(f"recipe {recipe.name!r} has no split {split!r}; it has {', '.join(recipe.splits)}")
+    shards = recipe.splits[split].shards
+    if not isinstance(shards, dict):
+        joined = [(url,) for url in find_shards(shards, folder=place.parent)]
+    else:
+        columns = {name: find_shards(patterns, folder=place.parent) for name, patterns in shards.items()}
+        lengths = {name: len(urls) for name, urls in columns.items()}
+        if len(set(lengths.values())) > 1:
+            counts = ", ".join(f"{name} {n}" for name, n in lengths.items())
+            raise DataError(
+                f"{place}: split {split!r} has different numbers of tars: {counts}; they are joined in order"
+            )
+        joined = list(zip(*columns.values(), strict=True))
+    elsewhere = place.parent / recipe.index if recipe.index else None
+    return [_place_shard(parts, elsewhere, default=place.with_suffix(".index")) for parts in joined]
+
+
+def place_shards(urls: Iterable[str], *, index_folder: Path | None) -> list[Shard]:
+    """Plain shards that no recipe names; without a folder their indexes lie beside them.
 
     Raises:
-        DataError: a pattern matches nothing.
+        ConfigError: a remote shard without a folder for its index.
     """
-    found: set[Path] = set()
-    for pattern in patterns:
-        place = folder / pattern
-        if place.is_dir():
-            matches = list(place.glob("*.tar"))
-        else:
-            matches = [place] if place.is_file() else [folder / m for m in glob.glob(pattern, root_dir=folder)]
-        if not matches:
-            what = "has no .tar files" if place.is_dir() else "matches no file"
-            raise DataError(f"{place}: {what}; check the path, or build the data set first (data_shards/README.md)")
-        found.update(matches)
-    return sorted(found)
+    shards = [_place_shard((url,), index_folder, default=Path()) for url in urls]
+    if index_folder is None and any(shard.is_remote for shard in shards):
+        raise ConfigError(
+            f"{shards[0].shown}: is remote; name a folder for its index with --index-dir, or give a recipe"
+        )
+    return shards
+
+
+def _place_shard(parts: tuple[str, ...], folder: Path | None, *, default: Path) -> Shard:
+    if folder is None and not any(map(is_remote, parts)):
+        return Shard(parts, Path(parts[0]).parent, index_name(parts, beside=True))
+    return Shard(parts, folder or default, index_name(parts, beside=False))

@@ -1,18 +1,27 @@
 """Walks the headers of one tar shard and checks every one of them; reads no payload.
 
 Formats: POSIX ustar, PAX (long names, large sizes) and GNU (long names, base-256 sizes).
-Own code: 4 times faster than `tarfile`, and `tarfile` and webdataset end in silence at a zeroed header.
+Own code: several times faster than `tarfile`, and `tarfile` and webdataset end in silence at a zeroed header.
 """
 
+import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+from zlib import adler32
 
 from mmfuse.errors import ShardError
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 512
+_RECORD_BYTES = 20 * BLOCK
+"""Most programs fill the end with zeros up to a multiple of this, some not at all."""
 _ZERO_BLOCK = bytes(BLOCK)
+_WINDOW_BYTES = 8 * BLOCK
+"""Read at once: captions and metadata are small, so that one call brings the headers of a whole sample."""
 _MAX_EXTENSION_BYTES = 1 << 20
 """PAX and GNU records above this are an attack, not a name."""
 _REGULAR = (b"0", b"\0", b"7")
@@ -35,15 +44,23 @@ def walk_tar(path: Path) -> Iterator[Member]:
 
     Raises:
         ShardError: a header is damaged, a member is cut off or a link, the end-of-archive blocks are missing, something
-            follows them, or the file is compressed; the message names the byte.
+            follows them, or the file is compressed or no file; the message names the byte.
+        OSError: there is no such file, or it cannot be read.
     """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):  # to open a FIFO would wait for its writer for ever
+        what = "directory" if stat.S_ISDIR(mode) else "FIFO, a socket or a device"
+        raise ShardError(f"{path}: is a {what}, not a tar file; name the file itself, or copy it to a disk")
     with open(path, "rb", buffering=0) as file:
         descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-        position, records = 0, _Records()
+        window, window_start = b"", 0
+        position, records = 0, _NO_RECORDS
         while True:
-            header = os.pread(descriptor, BLOCK, position)
+            if position + BLOCK > window_start + len(window):
+                window, window_start = os.pread(descriptor, _WINDOW_BYTES, position), position
+            header = window[position - window_start : position - window_start + BLOCK]
             if header == _ZERO_BLOCK:
-                _check_end(path, descriptor, position, end)
+                _check_end(path, descriptor, position, end, records=records)
                 return
             kind, size = _check_header(path, header, position, end)
             if kind in _RECORDS:
@@ -56,7 +73,7 @@ def walk_tar(path: Path) -> Iterator[Member]:
                 _check_fits(path, position, size, end)
                 if kind in _REGULAR:
                     yield Member(name, position + BLOCK, size)
-                records = _Records()
+                records = _NO_RECORDS
             position += BLOCK + -(-size // BLOCK) * BLOCK
 
 
@@ -67,10 +84,13 @@ class _Records(NamedTuple):
     size: int | None = None
 
 
+_NO_RECORDS = _Records()
+
+
 def _read_records(path: Path, kind: bytes, payload: bytes, position: int, *, before: _Records) -> _Records:
     if kind == b"L":
         return before._replace(name=payload.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"))
-    if kind != b"x":
+    if kind not in (b"x", b"g"):
         return before
     try:
         fields = _parse_pax(payload)
@@ -79,7 +99,11 @@ def _read_records(path: Path, kind: bytes, payload: bytes, position: int, *, bef
         raise ShardError(f"{path}: damaged extended header at byte {position}; copy or build it again") from error
     if (size or 0) < 0 or any(field.startswith("GNU.sparse.") for field in fields):
         raise ShardError(f"{path}: the member at byte {position} is sparse or of no credible size; build it again")
-    return _Records(fields.get("path", before.name), size)
+    if kind == b"x":
+        return _Records(fields.get("path", before.name), size)
+    if not fields.keys().isdisjoint(("path", "size")):
+        raise ShardError(f"{path}: the global header at byte {position} names all members alike; build it again")
+    return before
 
 
 def _payload_bytes(path: Path, name: str, kind: bytes, position: int, size: int) -> int:
@@ -97,23 +121,24 @@ def _payload_bytes(path: Path, name: str, kind: bytes, position: int, size: int)
 def _check_header(path: Path, header: bytes, position: int, end: int) -> tuple[bytes, int]:
     """Type flag and payload size of a header whose checksum is right."""
     try:
-        stored = int(header[148:156].split(b"\0", 1)[0].strip() or b"0", 8)
-        size = _number(header[124:136])
+        stored, size = _octal(header[148:156]), _number(header[124:136])
     except (ValueError, IndexError):
         stored, size = -1, 0
-    if stored != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
-        packer = next((name for magic, name in _COMPRESSED.items() if header.startswith(magic)), None)
-        if position == 0 and packer:
-            raise ShardError(
-                f"{path}: is compressed with {packer}; samples cannot be read in place, so unpack it first"
-            )
-        if len(header) < BLOCK:
-            raise ShardError(f"{path}: cut off at byte {end}: no end-of-archive blocks; copy or build this shard again")
-        raise ShardError(f"{path}: damaged header at byte {position}; copy or build this shard again")
+    if (stored != _byte_sum(header) and stored != _signed_byte_sum(header)) or size < 0 or len(header) < BLOCK:
+        _refuse_header(path, header, position, end)
     kind = header[156:157]
     if kind in _RECORDS and size > _MAX_EXTENSION_BYTES:
         raise ShardError(f"{path}: extended header of {size} bytes at byte {position} is not credible")
     return kind, size
+
+
+def _refuse_header(path: Path, header: bytes, position: int, end: int) -> NoReturn:
+    packer = next((name for magic, name in _COMPRESSED.items() if header.startswith(magic)), None)
+    if position == 0 and packer:
+        raise ShardError(f"{path}: is compressed with {packer}; samples cannot be read in place, so unpack it first")
+    if len(header) < BLOCK:
+        raise ShardError(f"{path}: cut off at byte {end}: no end-of-archive blocks; copy or build this shard again")
+    raise ShardError(f"{path}: damaged header at byte {position}; copy or build this shard again")
 
 
 def _check_fits(path: Path, position: int, size: int, end: int) -> None:
@@ -124,28 +149,55 @@ def _check_fits(path: Path, position: int, size: int, end: int) -> None:
         )
 
 
-def _check_end(path: Path, descriptor: int, position: int, end: int) -> None:
+def _check_end(path: Path, descriptor: int, position: int, end: int, *, records: _Records) -> None:
     """Only zeros may follow the first zero block: a zeroed header in the middle would lose the rest silently."""
+    if records != _NO_RECORDS:
+        raise ShardError(f"{path}: the extended header before byte {position} has no member; copy or build it again")
     if end - position < 2 * BLOCK:
         raise ShardError(f"{path}: cut off at byte {end}: only one end-of-archive block; copy or build it again")
-    while block := os.pread(descriptor, 1 << 20, position):
+    seen = position
+    while block := os.pread(descriptor, 1 << 20, seen):
         if block.strip(b"\0"):
             raise ShardError(f"{path}: zeroed header at byte {position} with data after it; copy or build it again")
-        position += len(block)
+        seen += len(block)
+    if end > -(-(position + 2 * BLOCK) // _RECORD_BYTES) * _RECORD_BYTES:
+        logger.warning(
+            "%s: the last %d bytes are zeros; if it was copied, compare it with the original: a copy that was cut short "
+            "can end so, and a tar does not say how many members it has",
+            path,
+            end - position,
+        )
+
+
+def _byte_sum(header: bytes) -> int:
+    """Sum of the header's bytes, its checksum field taken as blanks.
+
+    Adler-32 from 0 has the sum of up to 256 bytes in its low half: 0.7 us, where `sum` takes 4.
+    """
+    parts = (adler32(header[:148], 0) & 0xFFFF) + (adler32(header[156:404], 0) & 0xFFFF)
+    return parts + (adler32(header[404:], 0) & 0xFFFF) + 8 * 32
+
+
+def _signed_byte_sum(header: bytes) -> int:
+    """The same with bytes from -128 to 127, as some old programs wrote it."""
+    return _byte_sum(header) - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
 
 
 def _number(field: bytes) -> int:
     """Octal digits, or GNU's base-256 where the first bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    return _octal(field)
+
+
+def _octal(field: bytes) -> int:
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0":
-        prefix = header[345:500].split(b"\0", 1)[0]
-        name = prefix + b"/" + name if prefix else name
+    if header[345] and header[257:263] == b"ustar\0":
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name.decode("utf-8", "surrogateescape")
 
 
@@ -154,7 +206,10 @@ def _parse_pax(payload: bytes) -> dict[str, str]:
     records = {}
     while payload:
         length = int(payload.split(b" ", 1)[0])
-        key, value = payload[:length].split(b" ", 1)[1].rstrip(b"\n").split(b"=", 1)
+        record = payload[:length]
+        if length < 1 or len(record) < length or not record.endswith(b"\n"):
+            raise ValueError("a record is cut off")
+        key, value = record[:-1].split(b" ", 1)[1].split(b"=", 1)
         records[key.decode()] = value.decode("utf-8", "surrogateescape")
-        payload = payload[length:] if length > 0 else b""
+        payload = payload[length:]
     return records

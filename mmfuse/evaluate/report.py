@@ -1,6 +1,5 @@
 """A run's folder as one page and one JSON file: what was learned, how, and on what."""
 
-import io
 import json
 import logging
 import math
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
@@ -20,8 +18,9 @@ from mmfuse import __version__
 from mmfuse.config import flatten, load_yaml
 from mmfuse.data.source import Source
 from mmfuse.errors import DataError
-from mmfuse.evaluate.report_page import Curve, Report, SetScores, render_page
+from mmfuse.evaluate.report_page import Report, SetScores, render_report
 from mmfuse.files import write_text
+from mmfuse.pages import COLORS, MUTED, Plot, style_axes, to_svg
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +28,6 @@ _HAS_ITS_PLACE = {"step", "loss", "learning_rate", "grad_norm", "samples_per_sec
 _HAS_ITS_PLACE |= {"step_seconds", "data_wait_seconds"}
 _MAX_POINTS = 400
 _ROUND = (1, 2, 2.5, 5, 10)
-_COLORS = tuple(f"#0000{number:02x}" for number in range(1, 7))
-_MUTED, _RULE = "#0000f0", "#0000f1"
-"""Placeholders, put into the figure by matplotlib and turned into the page's CSS variables, so that dark mode works."""
 _LOCAL_PATH = re.compile(r"""(^|[\s=,'"])(/|~/|[A-Za-z]:\\)\S""")
 
 
@@ -48,7 +44,7 @@ def write_report(folder: Path, *, sources: Mapping[str, Source], k: int = 10) ->
     """
     report = _read_report(folder, k=k)
     summary = json.dumps(_summarize(report), indent=1, allow_nan=False)
-    html = render_page(report, sources=sources)
+    html = render_report(report, sources=sources)
     write_text(folder / "report.json", summary + "\n")
     write_text(folder / "report.html", html)
     return folder / "report.html"
@@ -170,7 +166,7 @@ class _Series(NamedTuple):
     """Where a dashed line says what a random order gives."""
 
 
-def _draw_recall(evaluations: Mapping[int, SetScores], *, k: int) -> list[Curve]:
+def _draw_recall(evaluations: Mapping[int, SetScores], *, k: int) -> list[Plot]:
     """R@k of every direction over the steps, one plot for each set."""
     curves = []
     for name, directions in evaluations[max(evaluations)].items():
@@ -178,12 +174,14 @@ def _draw_recall(evaluations: Mapping[int, SetScores], *, k: int) -> list[Curve]
         for direction, final in directions.items():
             scores = {step: sets.get(name, {}).get(direction, {}).get(f"R@{k}") for step, sets in evaluations.items()}
             known = {step: score for step, score in scores.items() if score is not None}
-            series.append(_Series(direction, [*known], [*known.values()], final.get(f"chance R@{k}")))
+            series.append(
+                _Series(direction.replace("->", " → "), [*known], [*known.values()], final.get(f"chance R@{k}"))
+            )
         curves += _draw(f"R@{k}, {name}", series, percent=True, note="dashed: chance")
     return curves
 
 
-def _draw_machine(metrics: list[dict[str, Any]], *, others: list[str]) -> list[Curve]:
+def _draw_machine(metrics: list[dict[str, Any]], *, others: list[str]) -> list[Plot]:
     """How the optimizer was driven and how fast it went; then the numbers that this module has not heard of."""
     curves = [
         *_draw("learning rate", [_series(metrics, "learning_rate")], from_zero=True),
@@ -212,34 +210,30 @@ def _series(metrics: list[dict[str, Any]], name: str, label: str = "") -> _Serie
 
 def _draw(
     title: str, series: list[_Series], *, percent: bool = False, from_zero: bool = False, note: str = ""
-) -> list[Curve]:
+) -> list[Plot]:
     """One plot, or none where there is nothing to draw."""
     if not any(line.steps for line in series):
         return []
     size = (4.6, 2.5) if percent else (2.6, 1.5)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    for line, color in zip(series, _COLORS * len(series), strict=False):
+    for line, color in zip(series, COLORS * len(series), strict=False):
         marker = "o" if len(line.steps) <= 25 else None
         axes.plot(line.steps, line.values, color=color, linewidth=1.3, marker=marker, markersize=2.2)
     for chance in {line.chance for line in series if line.chance is not None}:
-        axes.axhline(chance, color=_MUTED, linewidth=0.7, dashes=(3, 3), zorder=1)
+        axes.axhline(chance, color=MUTED, linewidth=0.7, dashes=(3, 3), zorder=1)
     if percent:
         axes.set_ylim(0, 1.02)
     elif from_zero:
         axes.set_ylim(0, 1.12 * max(max(line.values, default=0) for line in series) or 1)
     _style(axes, percent=percent)
-    legend = [(f"--c{i % len(_COLORS) + 1}", line.label) for i, line in enumerate(series)] if len(series) > 1 else []
+    legend = [(f"--c{i % len(COLORS) + 1}", line.label) for i, line in enumerate(series)] if len(series) > 1 else []
     last = note or (f"{series[0].values[-1]:.4g}" if len(series) == 1 else "")
-    return [Curve(title, last, legend, _to_svg(figure, title))]
+    return [Plot(title, last, legend, to_svg(figure, title))]
 
 
 def _style(axes: Axes, *, percent: bool) -> None:
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
-    axes.patch.set_visible(False)
-    axes.grid(axis="y", color=_RULE, linewidth=0.6)
-    axes.tick_params(bottom=False, left=False, labelsize=7.4, labelcolor=_MUTED)
+    style_axes(axes)
     axes.margins(x=0.02)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
@@ -247,22 +241,3 @@ def _style(axes: Axes, *, percent: bool) -> None:
     axes.yaxis.set_major_formatter(
         PercentFormatter(1, decimals=0) if percent else FuncFormatter(lambda y, _: f"{y:.3g}")
     )
-
-
-def _to_svg(figure: Figure, name: str) -> str:
-    """The figure's drawing alone, in the page's fonts and colors; ids are those of `name`, for many share the page."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = re.sub(r"<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL)
-    box = re.search(r'viewBox="[\d. ]+"', svg)
-    assert box is not None, "matplotlib writes a viewBox"
-    inner = svg[svg.index(">", box.end()) + 1 : svg.rindex("</svg>")]
-    inner = re.sub(r'<g id="[^"]*"', "<g", inner).replace("xlink:href", "href")
-    inner = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", inner)
-    inner = inner.replace(_MUTED, "var(--muted)").replace(_RULE, "var(--rule)")
-    for number, color in enumerate(_COLORS, start=1):
-        inner = inner.replace(color, f"var(--c{number})")
-    inner = re.sub(r"\s*\n\s*", " ", inner)
-    return f'<svg {box.group()} aria-hidden="true">{inner}</svg>'

@@ -1,44 +1,24 @@
 """The report's page: one HTML file that loads nothing, needs no JavaScript and shows what the numbers stand for."""
 
-import base64
-import io
 import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
-from mmfuse import __version__
 from mmfuse.data.source import RawSample, Source
 from mmfuse.errors import DataError
+from mmfuse.pages import Plot, data_uri, make_thumbnail, mime_of, render_page, show_header, show_plots, show_tile
 
 SetScores = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """What `evaluate_retrieval` gives, by set and direction."""
 
 _STYLE = Path(__file__).with_name("report.css")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
 _MAX_MEMBER_BYTES = 300_000
 _MAX_MEDIA_BYTES = 3_600_000
 """Of the whole page; base64 makes it 4.8 MB."""
 _THUMBNAIL_BYTES, _THUMBNAIL_PIXELS = 16_000, 224
 _MAX_CAPTION = 160
-_MIME = {
-    "jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "gif": "image/gif",
-    "wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg", "opus": "audio/ogg",
-    "txt": "text/plain",
-}  # fmt: skip
-
-
-class Curve(NamedTuple):
-    """A plot with its caption."""
-
-    title: str
-    note: str
-    legend: list[tuple[str, str]]
-    """CSS variable of the color, label."""
-    svg: str
 
 
 class Report(NamedTuple):
@@ -53,33 +33,26 @@ class Report(NamedTuple):
     final: SetScores
     baseline: SetScores
     """Of step 0; empty where that was not evaluated."""
-    recall_curves: list[Curve]
-    loss_curves: list[Curve]
-    machine_curves: list[Curve]
+    recall_curves: list[Plot]
+    loss_curves: list[Plot]
+    machine_curves: list[Plot]
     last_metrics: Mapping[str, Any]
     run_yaml: str
     environment: Mapping[str, Any]
 
 
-def render_page(report: Report, *, sources: Mapping[str, Source]) -> str:
+def render_report(report: Report, *, sources: Mapping[str, Source]) -> str:
     """The whole page. Everything that comes from data is escaped."""
     cards = _Cards(sources)
-    body = [
+    parts = [
         _header(report),
         _retrieval(report),
         _figures("Losses", report.loss_curves),
         _figures("Optimizer and throughput", report.machine_curves, note=_machine_note(report.last_metrics)),
         *(_examples(name, directions, cards) for name, directions in report.final.items()),
         _details(report),
-        f"<footer>written by mmfuse {__version__}</footer>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.name)} · mmfuse</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style></head>\n"
-        "<body><main>\n" + "\n".join(filter(None, body)) + "\n</main></body></html>\n"
-    )
+    return render_page(parts, title=report.name, style=_STYLE.read_text(encoding="utf-8"))
 
 
 def _header(report: Report) -> str:
@@ -92,19 +65,13 @@ def _header(report: Report) -> str:
     for name, directions in report.final.items():
         headline = [d for d in ("image->text", "text->image") if d in directions] or list(directions)[:2]
         tiles += [_tile(name, direction, directions[direction], report.k) for direction in headline]
-    return (
-        f'<header><p class="kicker">mmfuse run</p><h1>{escape(report.name)}</h1>'
-        f'<p class="facts">{" · ".join(f"<span>{fact}</span>" for fact in (*facts, report.date))}</p>'
-        f'<div class="tiles">{"".join(tiles)}</div></header>'
-    )
+    return show_header("mmfuse run", report.name, facts=(*facts, report.date), tiles=tiles)
 
 
 def _tile(name: str, direction: str, scores: Mapping[str, Any], k: int) -> str:
     recall, chance = scores[f"R@{k}"], scores[f"chance R@{k}"]
-    return (
-        f'<div class="tile"><span>{escape(name)}</span><p><b>{recall:.0%}</b> {_ratio(recall, chance)} chance</p>'
-        f"<span>{_arrow(direction)} R@{k}</span></div>"
-    )
+    beside = f"{_ratio(recall, chance)} chance"
+    return show_tile(f"{recall:.0%}", above=name, beside=beside, below=f"{direction.replace('->', ' → ')} R@{k}")
 
 
 def _retrieval(report: Report) -> str:
@@ -134,7 +101,7 @@ def _retrieval(report: Report) -> str:
     if baseline:
         legend += ' <i class="key start"></i> step 0: the model before training'
     table = f'<div class="scroll"><table class="scores">{"".join(rows)}</table></div>'
-    return f'<section><h2>Retrieval</h2><p class="note">{legend}</p>{table}{_curves(report.recall_curves)}</section>'
+    return f'<section><h2>Retrieval</h2><p class="note">{legend}</p>{table}{show_plots(report.recall_curves)}</section>'
 
 
 def _bar(recall: float, chance: float, start: float | None) -> str:
@@ -150,27 +117,15 @@ def _percent(share: float | None) -> str:
 
 
 def _ratio(recall: float, chance: float) -> str:
-    return f"{recall / chance:.1f}&times;" if chance else "&ndash;"
+    return f"{recall / chance:.1f}\N{MULTIPLICATION SIGN}" if chance else "\N{EN DASH}"
 
 
 def _arrow(direction: str) -> str:
     return escape(direction).replace("-&gt;", " → ")
 
 
-def _figures(title: str, curves: list[Curve], *, note: str = "") -> str:
-    return f"<section><h2>{title}</h2>{note}{_curves(curves)}</section>" if curves else ""
-
-
-def _curves(curves: list[Curve]) -> str:
-    figures = []
-    for curve in curves:
-        legend = "".join(
-            f'<span><i style="background:var({color})"></i>{_arrow(label)}</span>' for color, label in curve.legend
-        )
-        caption = f"<b>{escape(curve.title)}</b><span>{escape(curve.note)}</span>"
-        legend = f'<div class="legend">{legend}</div>' if legend else ""
-        figures.append(f"<figure><figcaption>{caption}</figcaption>{curve.svg}{legend}</figure>")
-    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+def _figures(title: str, plots: list[Plot], *, note: str = "") -> str:
+    return f"<section><h2>{title}</h2>{note}{show_plots(plots)}</section>" if plots else ""
 
 
 def _machine_note(last: Mapping[str, Any]) -> str:
@@ -200,9 +155,9 @@ def _example(name: str, direction: str, example: Mapping[str, Any], cards: "_Car
     """One query. An answer is right when it is of the query's group."""
     source, _, target = direction.partition("->")
     query, answers, rank = example["query"], example["answers"], example["rank"]
-    group = cards.sample(name, query).group_id
+    right = cards.group(name, query)
     shown = [
-        cards.card(name, number, target, kind="right" if cards.sample(name, number).group_id == group else "wrong")
+        cards.card(name, number, target, kind="right" if cards.group(name, number) == right else "wrong")
         for number in answers
     ]
     return (
@@ -220,6 +175,11 @@ class _Cards:
         self._samples: dict[tuple[str, int], RawSample] = {}
         self._bytes_left = _MAX_MEDIA_BYTES
 
+    def group(self, name: str, number: int) -> str | int:
+        """What a sample shares with those that are right answers to it; its own number where it has no group."""
+        group = self.sample(name, number).group
+        return number if group is None else group
+
     def sample(self, name: str, number: int) -> RawSample:
         """A sample of an evaluation set.
 
@@ -236,16 +196,16 @@ class _Cards:
     def card(self, name: str, number: int, modality: str, *, kind: str) -> str:
         """One modality of a sample; `kind` is query, right or wrong."""
         members = self.sample(name, number).members
-        caption = next((_caption(data) for ext, data in members.values() if _mime(ext) == "text/plain"), "")
+        caption = next((_caption(data) for ext, data in members.values() if mime_of(ext) == "text/plain"), "")
         content = self._content(*members[modality], caption) if modality in members else "<em>absent</em>"
         return f'<div class="card {kind}">{content}</div>'
 
     def _content(self, extension: str, data: bytes, caption: str) -> str:
-        mime = _mime(extension)
+        mime = mime_of(extension)
         if mime == "text/plain":
             return f"<span>{escape(_caption(data))}</span>"
         if mime.startswith("image/"):
-            mime, data = _thumbnail(mime, data)
+            mime, data = make_thumbnail(mime, data, pixels=_THUMBNAIL_PIXELS, keep_bytes=_THUMBNAIL_BYTES)
         if not mime:
             return f"<em>no preview of .{escape(extension)}</em>"
         if len(data) > _MAX_MEMBER_BYTES:
@@ -253,38 +213,17 @@ class _Cards:
         if len(data) > self._bytes_left:
             return "<em>left out, the page is full</em>"
         self._bytes_left -= len(data)
-        uri = f"data:{mime};base64,{base64.b64encode(data).decode()}"
+        uri = data_uri(mime, data)
         if mime.startswith("image/"):
             return f'<img src="{uri}" alt="{escape(caption)}" title="{escape(caption)}">'
         player = f'<span class="play"><audio controls preload="none" src="{uri}"></audio></span>'
         return f"{player}<small>{escape(caption)}</small>"
 
 
-def _mime(extension: str) -> str:
-    """What a browser calls it; empty for what the page does not show."""
-    return _MIME.get(extension.rpartition(".")[2], "")
-
-
 def _caption(data: bytes) -> str:
     """The first caption of several."""
     lines = data.decode("utf-8", "replace").strip().splitlines() or [""]
     return lines[0] if len(lines[0]) <= _MAX_CAPTION else lines[0][:_MAX_CAPTION] + "…"
-
-
-def _thumbnail(mime: str, data: bytes) -> tuple[str, bytes]:
-    """A large picture made small, as its type and bytes; one that does not decode stays as it is."""
-    if len(data) <= _THUMBNAIL_BYTES:
-        return mime, data
-    try:
-        picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        picture.draft("RGB", (_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))  # a JPEG is decoded at a fraction of its size
-        picture = picture.convert("RGB")
-        picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-        small = io.BytesIO()
-        picture.save(small, "JPEG", quality=82)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return mime, data
-    return "image/jpeg", small.getvalue()
 
 
 def _details(report: Report) -> str:

@@ -3,39 +3,62 @@
 import io
 import math
 
+import numpy as np
 import soundfile
 import torch
-import torchaudio
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from torch import Generator, Tensor, nn
 from transformers import ASTConfig, ASTModel
+from transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer import ASTEmbeddings
 
 from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
+from mmfuse.modalities.media.sounds import FRAME_LENGTH_MS, FRAME_SHIFT_MS, log_mel, resample
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus")
 
 _SPEED_STEPS = 20
 _LARGEST_KERNEL = 2**24
+_SPARE_SECONDS = 0.1
+"""Decoded after a clip: the rest of its last frame, and what resampling looks ahead."""
 
-FRAME_SHIFT_MS = 10
-FRAME_LENGTH_MS = 25
 # Mean and twice the standard deviation of AudioSet's filter banks: the normalisation of ASTFeatureExtractor.
 AST_MEAN = -4.2677393
 AST_TWICE_STD = 2 * 4.5689974
 
 
 class AugmentConfig(Settings):
-    """Training-time transform, seeded by sample."""
+    """Training-time transform, seeded by sample; applied in this order."""
 
     speed: float = Field(default=0.1, ge=0, lt=0.5)
     """Largest relative change of speed (and with it of pitch), in steps of 0.05; 0 turns it off."""
-    frequency_mask: float = Field(default=0.2, ge=0, lt=1)
-    """SpecAugment (Park et al. 2019): widest masked band as a fraction of the mel bins."""
+    gain_db: float = Field(default=0.0, ge=0, le=60)
+    """Largest change of loudness, up or down, in dB; 0 turns it off."""
+    noise_snr_db: tuple[float, float] | None = None
+    """White noise at a signal-to-noise ratio between these two, in dB; null turns it off."""
     time_mask: float = Field(default=0.1, ge=0, lt=1)
-    """SpecAugment: longest masked stretch as a fraction of the clip's real frames."""
+    """SpecAugment (Park et al. 2019): longest masked stretch as a fraction of the real frames; 0 turns it off."""
+    num_time_masks: PositiveInt = 1
+    frequency_mask: float = Field(default=0.2, ge=0, lt=1)
+    """SpecAugment: widest masked band as a fraction of the mel bins; 0 turns it off."""
+    num_frequency_masks: PositiveInt = 1
+
+    @field_validator("speed")
+    @classmethod
+    def _check_step(cls, value: float) -> float:
+        if 0 < value < 1 / _SPEED_STEPS:
+            raise ValueError("expected 0, or at least one step of 0.05")
+        return value
+
+    @field_validator("noise_snr_db")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value and not -40 <= value[0] <= value[1] <= 100:
+            raise ValueError("expected [lowest, highest] in dB, both between -40 and 100")
+        return value
 
 
 class Config(ModalityConfig):
@@ -89,61 +112,51 @@ class AudioProcessor:
     def __call__(self, data: bytes, *, seed: int | None) -> Features:
         config = self.config
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        rate, waveform = self._decode(data, generator)
-        if not len(waveform):
-            raise SampleError("the sound is empty")
-        waveform = torchaudio.functional.resample(waveform, rate, config.sample_rate)
-        if generator is not None:
-            # By the ratio: torchaudio's kernel grows with both rates, 500 MB for 22,050 and 23,152 Hz.
-            faster = _random_speed(config.augment.speed, generator)
-            waveform = torchaudio.functional.resample(waveform, _SPEED_STEPS + faster, _SPEED_STEPS)
-        shortest = config.sample_rate * FRAME_LENGTH_MS // 1000
-        if len(waveform) < shortest:
+        waveform = self._decode(data, generator)
+        window, shift = (config.sample_rate * ms // 1000 for ms in (FRAME_LENGTH_MS, FRAME_SHIFT_MS))
+        if len(waveform) < window:
             raise SampleError(f"sound of {len(waveform)} values is shorter than one frame of {FRAME_LENGTH_MS} ms")
-        fbank = torchaudio.compliance.kaldi.fbank(
-            waveform[None],
-            sample_frequency=config.sample_rate,
-            num_mel_bins=config.num_mel_bins,
-            frame_length=FRAME_LENGTH_MS,
-            frame_shift=FRAME_SHIFT_MS,
-            window_type="hanning",
-            htk_compat=True,
-            use_energy=False,
-            dither=0.0,
-        )
-        fbank = (fbank[: config.num_frames] - AST_MEAN) / AST_TWICE_STD
+        waveform = waveform[: (config.num_frames - 1) * shift + window]
+        if generator is not None:
+            waveform = _change_loudness(waveform, config.augment, generator)
+        fbank = log_mel(waveform, sample_rate=config.sample_rate, num_mel_bins=config.num_mel_bins)
         if not torch.isfinite(fbank).all():
             raise SampleError("the sound has values that are not finite, or too large")
+        fbank.sub_(AST_MEAN).div_(AST_TWICE_STD)
         if generator is not None:
-            fbank = _mask_bands(fbank, config.augment, generator)
+            _mask_bands(fbank, config.augment, generator)
         return {"fbank": fbank}
 
     def collate(self, features: list[Features]) -> Features:
-        """`fbank (n, frames, mel)` padded with zeros to the full clip, `frames` int64 `(n,)` real ones."""
-        frames = torch.tensor([len(item["fbank"]) for item in features])
-        fbank = torch.zeros(len(features), self.config.num_frames, self.config.num_mel_bins)
-        for row, item in zip(fbank, features, strict=True):
-            row[: len(item["fbank"])] = item["fbank"]
-        return {"fbank": fbank, "frames": frames}
+        """`fbank (n, frames, mel)` padded with zeros to the longest, `frames` int64 `(n,)` real ones."""
+        fbanks = [item["fbank"] for item in features]
+        frames = torch.tensor([len(fbank) for fbank in fbanks])
+        return {"fbank": nn.utils.rnn.pad_sequence(fbanks, batch_first=True), "frames": frames}
 
-    def _decode(self, data: bytes, generator: torch.Generator | None) -> tuple[int, Tensor]:
-        """Sample rate and mono waveform `(values,)` of one clip; only the clip is decoded, not the recording."""
+    def _decode(self, data: bytes, generator: Generator | None) -> Tensor:
+        """Mono waveform `(values,)` of one clip, and a little more, at the rate and speed that the encoder hears."""
+        clip_seconds, new_rate, faster = self.config.clip_seconds, self.config.sample_rate, 0
         try:
             with soundfile.SoundFile(io.BytesIO(data)) as sound:
-                seconds = sound.frames / sound.samplerate
+                rate, seconds = sound.samplerate, sound.frames / sound.samplerate
                 if seconds > self.config.max_seconds:
                     raise SampleError(f"recording of {seconds:.0f} s exceeds max_seconds = {self.config.max_seconds}")
-                _check_rate(sound.samplerate, self.config.sample_rate)
-                # 1.5 clips: enough for the fastest speed.
-                wanted = int(1.5 * self.config.clip_seconds * sound.samplerate)
-                surplus = sound.frames - wanted
-                if generator is not None and surplus > 0:
-                    sound.seek(int(torch.randint(surplus + 1, (), generator=generator)))
-                values = sound.read(wanted, dtype="float32", always_2d=True)
-                rate = sound.samplerate
+                _check_rate(rate, new_rate)
+                longest = int(1.5 * clip_seconds * rate)  # at the fastest speed
+                if generator is not None:
+                    surplus = sound.frames - longest
+                    if surplus > 0:
+                        sound.seek(int(torch.randint(surplus + 1, (), generator=generator)))
+                    faster = _random_speed(self.config.augment.speed, generator)
+                needed = int((clip_seconds * (1 + faster / _SPEED_STEPS) + _SPARE_SECONDS) * rate)
+                values = sound.read(min(needed, longest), dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise SampleError(f"not a readable WAV, FLAC, MP3, Ogg or Opus sound: {error}") from error
-        return rate, torch.from_numpy(values).mean(1)
+        if not len(values):
+            raise SampleError("the sound is empty")
+        waveform = resample(torch.from_numpy(values).mean(1), rate, new_rate)
+        # By the ratio: torchaudio's kernel grows with both rates, 500 MB for 22,050 and 23,152 Hz.
+        return resample(waveform, _SPEED_STEPS + faster, _SPEED_STEPS)
 
 
 class AudioEncoder(Encoder):
@@ -155,26 +168,49 @@ class AudioEncoder(Encoder):
         ast = self.ast.config
         self.width = ast.hidden_size
         self.pooling = config.pooling
-        self.num_frames, self.num_mel_bins = config.num_frames, config.num_mel_bins
-        self.patch_size, self.time_stride = ast.patch_size, ast.time_stride
+        self.num_mel_bins = config.num_mel_bins
+        patches = self.ast.embeddings.patch_embeddings.projection
+        self.patch_size, self.time_stride = patches.kernel_size[1], patches.stride[1]
         self.frequency_patches, self.time_patches = self.ast.embeddings.get_shape(ast)
+        self.ast.embeddings = _PatchEmbeddings(self.ast.embeddings)  # type: ignore[assignment]  # takes its place
 
     def forward(self, inputs: Features) -> EncoderOutput:
         fbank, frames = inputs["fbank"], inputs["frames"]
         # A patch is real where its first frame is. AST masks patches, not frames; its two class tokens are always real.
-        starts = torch.arange(self.time_patches, device=frames.device) * self.time_stride
+        time_patches = min(math.ceil(fbank.shape[1] / self.time_stride), self.time_patches)
+        starts = torch.arange(time_patches, device=frames.device) * self.time_stride
         mask = starts < frames[:, None]
         attention_mask = torch.cat([mask.new_ones(len(mask), 2), mask.repeat(1, self.frequency_patches)], dim=1)
-        fbank = fbank.to(next(self.ast.parameters()).dtype)
+        missing = (time_patches - 1) * self.time_stride + self.patch_size - fbank.shape[1]
+        fbank = F.pad(fbank, (0, 0, 0, missing)).to(next(self.ast.parameters()).dtype)
         output = self.ast(input_values=fbank, attention_mask=attention_mask.long())
-        patches = output.last_hidden_state[:, 2:].unflatten(1, (self.frequency_patches, self.time_patches))
+        patches = output.last_hidden_state[:, 2:].unflatten(1, (self.frequency_patches, time_patches))
         tokens = patches.mean(1)
         pooled = output.pooler_output if self.pooling == "cls" else masked_mean(tokens, mask)
         return EncoderOutput(tokens, mask, pooled)
 
     def minimal_inputs(self, device: torch.device) -> Features:
-        fbank = torch.zeros(1, self.num_frames, self.num_mel_bins, device=device)
+        fbank = torch.zeros(1, 1, self.num_mel_bins, device=device)
         return {"fbank": fbank, "frames": torch.ones(1, dtype=torch.int64, device=device)}
+
+
+class _PatchEmbeddings(nn.Module):
+    """The ASTEmbeddings it is made of, for any number of frames: takes the positions of the patches that are there."""
+
+    def __init__(self, full: ASTEmbeddings) -> None:
+        super().__init__()
+        self.cls_token, self.distillation_token = full.cls_token, full.distillation_token
+        self.position_embeddings = full.position_embeddings
+        self.patch_embeddings, self.dropout = full.patch_embeddings, full.dropout
+        self.grid = full.get_shape(full.config)
+
+    def forward(self, input_values: Tensor) -> Tensor:
+        patches = self.patch_embeddings(input_values)
+        time_patches = patches.shape[1] // self.grid[0]
+        special, grid = self.position_embeddings.split([2, math.prod(self.grid)], dim=1)
+        positions = grid.unflatten(1, self.grid)[:, :, :time_patches].flatten(1, 2)
+        marks = torch.cat([self.cls_token, self.distillation_token], dim=1) + special
+        return self.dropout(torch.cat([marks.expand(len(patches), -1, -1), patches + positions], dim=1))
 
 
 def _build_ast(config: Config) -> ASTModel:
@@ -211,18 +247,32 @@ def _check_rate(rate: int, wanted: int) -> None:
         raise SampleError(f"sample rate of {rate} Hz has too little in common with {wanted} Hz; resample the file")
 
 
-def _random_speed(largest: float, generator: torch.Generator) -> int:
+def _random_speed(largest: float, generator: Generator) -> int:
     """A relative change in twentieths: few ratios, so that torchaudio's resampling kernels stay small."""
-    steps = round(largest * _SPEED_STEPS)
+    steps = math.floor(largest * _SPEED_STEPS + 1e-6)
     return int(torch.randint(2 * steps + 1, (), generator=generator)) - steps
 
 
-def _mask_bands(fbank: Tensor, augment: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """`fbank (frames, mel)` with one band of bins and one stretch of frames set to the mean (0 after normalising)."""
-    fbank = fbank.clone()
-    for dim, fraction in ((0, augment.time_mask), (1, augment.frequency_mask)):
+def _change_loudness(waveform: Tensor, augment: AugmentConfig, generator: Generator) -> Tensor:
+    """`waveform (values,)` louder or quieter, and with noise."""
+    if augment.gain_db:
+        gain_db = torch.empty(()).uniform_(-augment.gain_db, augment.gain_db, generator=generator)
+        waveform = waveform * 10 ** (float(gain_db) / 20)
+    if augment.noise_snr_db:
+        snr_db = float(torch.empty(()).uniform_(*augment.noise_snr_db, generator=generator))
+        # Of NumPy, on one thread: torch's sums depend on their number. In fp64, where squares do not overflow.
+        power = np.square(waveform.numpy(), dtype=np.float64).mean()
+        noise = torch.randn(len(waveform), generator=generator)
+        waveform = waveform + noise * math.sqrt(power / 10 ** (snr_db / 10))
+    return waveform
+
+
+def _mask_bands(fbank: Tensor, augment: AugmentConfig, generator: Generator) -> None:
+    """Sets stretches of frames and bands of bins of `fbank (frames, mel)` to the mean, 0 after normalising."""
+    bands = ((0, augment.num_time_masks, augment.time_mask), (1, augment.num_frequency_masks, augment.frequency_mask))
+    for dim, count, fraction in bands:
         length = fbank.shape[dim]
-        width = int(torch.randint(int(fraction * length) + 1, (), generator=generator))
-        start = int(torch.randint(length - width + 1, (), generator=generator))
-        fbank.narrow(dim, start, width).zero_()
-    return fbank
+        for _ in range(count):
+            width = int(torch.randint(int(fraction * length) + 1, (), generator=generator))
+            start = int(torch.randint(length - width + 1, (), generator=generator))
+            fbank.narrow(dim, start, width).zero_()

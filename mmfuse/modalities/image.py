@@ -1,27 +1,29 @@
 """Image: JPEG, PNG or WebP -> uint8 pixels -> a timm Vision Transformer."""
 
-import io
-import warnings
 from typing import Any, Literal
 
 import timm
 import torch
 from PIL import Image
-from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from pydantic import Field, PositiveInt, model_validator
+from torch import Generator, Tensor, nn
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
 from mmfuse.config import Settings
-from mmfuse.errors import SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor
-from mmfuse.randomness import seeded_torch
+from mmfuse.modalities.media.pictures import DrawsFrom, crop_at_random, jitter_colors, load_upright, open_picture
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
+_GREY = 128
+_BILINEAR = InterpolationMode.BILINEAR
+_RAND_AUGMENT_OPERATIONS = 2
+
 
 class AugmentConfig(Settings):
-    """Training-time transform, seeded by sample."""
+    """Training-time transform, seeded by sample; applied in this order."""
 
     min_scale: float = Field(default=0.5, gt=0, le=1)
     """Smallest share of the picture that a random resized crop keeps; 1 turns cropping off."""
@@ -29,6 +31,20 @@ class AugmentConfig(Settings):
     """Mirror half of the pictures."""
     color_jitter: float = Field(default=0.2, ge=0, le=1)
     """Strength of random brightness, contrast and saturation; 0 turns it off."""
+    rand_augment_magnitude: int = Field(default=0, ge=0, le=30)
+    """RandAugment (Cubuk et al. 2020): strength, out of 30, of two random operations; 0 turns it off."""
+    trivial_augment: bool = False
+    """TrivialAugment (Mueller and Hutter 2021): one random operation of random strength. Not with RandAugment."""
+    erase: float = Field(default=0.0, ge=0, lt=1)
+    """Random erasing (Zhong et al. 2020): largest share of the picture that turns grey; 0 turns it off."""
+
+    @model_validator(mode="after")
+    def _check_one_policy(self) -> "AugmentConfig":
+        if self.trivial_augment and self.rand_augment_magnitude:
+            raise ValueError(
+                f"trivial_augment = true and rand_augment_magnitude = {self.rand_augment_magnitude} exclude each other"
+            )
+        return self
 
 
 class Config(ModalityConfig):
@@ -60,42 +76,54 @@ class ImageProcessor:
 
     def __init__(self, config: Config) -> None:
         self.image_size, self.max_pixels = config.image_size, config.max_pixels
-        size, augment = config.image_size, config.augment
-        steps: list[nn.Module] = [transforms.RandomResizedCrop(size, scale=(augment.min_scale, 1.0), antialias=True)]
-        if augment.flip:
-            steps.append(transforms.RandomHorizontalFlip())
-        if augment.color_jitter:
-            steps.append(transforms.ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
-        self.train_transform = transforms.Compose(steps)
-        self.eval_transform = transforms.Compose([transforms.Resize(size, antialias=True), transforms.CenterCrop(size)])
+        self.augment = config.augment
+        self.policies = _policies(config.augment)
+        self.eval_transform = transforms.Compose(
+            [transforms.Resize(config.image_size, antialias=True), transforms.CenterCrop(config.image_size)]
+        )
 
     def __call__(self, data: bytes, *, seed: int | None) -> Features:
-        picture = self._decode(data)
-        if seed is None:
-            picture = self.eval_transform(picture)
-        else:
-            with seeded_torch(seed):  # torchvision draws from torch's global generator
-                picture = self.train_transform(picture)
+        picture = open_picture(data, max_pixels=self.max_pixels, image_size=self.image_size)
+        if seed is not None:
+            return {"pixels": self._augmented(picture, torch.Generator().manual_seed(seed))}
+        picture = self.eval_transform(load_upright(picture))
         return {"pixels": transforms.functional.pil_to_tensor(picture)}
 
     def collate(self, features: list[Features]) -> Features:
         """`pixels` uint8 `(n, 3, H, W)`."""
         return {"pixels": torch.stack([item["pixels"] for item in features])}
 
-    def _decode(self, data: bytes) -> Image.Image:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
-                picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-                if picture.width * picture.height > self.max_pixels:
-                    size = f"{picture.width} x {picture.height}"
-                    raise SampleError(f"picture of {size} pixels exceeds max_pixels = {self.max_pixels}")
-                # What evaluation would make of it: 60,000 x 1 pixels become 5,760,000 x 96.
-                if self.image_size**2 * max(picture.size) > self.max_pixels * min(picture.size):
-                    raise SampleError(f"picture of {picture.width} x {picture.height} pixels is too thin")
-                return picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise SampleError(f"not a readable JPEG, PNG or WebP picture: {error}") from error
+    def _augmented(self, picture: Image.Image, generator: Generator) -> Tensor:
+        augment = self.augment
+        if augment.min_scale < 1:
+            picture = crop_at_random(picture, size=self.image_size, min_scale=augment.min_scale, generator=generator)
+        else:
+            picture = self.eval_transform(load_upright(picture))
+        if augment.flip and torch.rand(1, generator=generator) < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if augment.color_jitter:
+            picture = jitter_colors(picture, strength=augment.color_jitter, generator=generator)
+        if self.policies is None:
+            return transforms.functional.pil_to_tensor(picture)
+        with DrawsFrom(generator):
+            return self.policies(picture)
+
+
+def _policies(augment: AugmentConfig) -> transforms.Compose | None:
+    """Picture to pixels through the augmentations that torchvision does for us; None where all are off."""
+    steps: list[nn.Module] = []
+    if augment.rand_augment_magnitude:
+        steps.append(
+            transforms.RandAugment(
+                _RAND_AUGMENT_OPERATIONS, augment.rand_augment_magnitude, interpolation=_BILINEAR, fill=_GREY
+            )
+        )
+    if augment.trivial_augment:
+        steps.append(transforms.TrivialAugmentWide(interpolation=_BILINEAR, fill=_GREY))
+    steps.append(transforms.PILToTensor())
+    if augment.erase:
+        steps.append(transforms.RandomErasing(p=1, scale=(0, augment.erase), value=_GREY))
+    return transforms.Compose(steps) if len(steps) > 1 else None
 
 
 class ImageEncoder(Encoder):

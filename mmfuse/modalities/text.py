@@ -1,19 +1,28 @@
 """Text: UTF-8 -> WordPiece ids -> a BERT-style encoder from transformers."""
 
+import codecs
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("txt",)
 VOCABULARIES = Path(__file__).parent / "vocabulary"
+
+
+class AugmentConfig(Settings):
+    """Training-time transform, seeded by sample."""
+
+    drop_probability: float = Field(default=0.0, ge=0, lt=1)
+    """Of leaving a token out; special ones never, and never all others; 0 turns it off."""
 
 
 class Config(ModalityConfig):
@@ -23,6 +32,8 @@ class Config(ModalityConfig):
     """A vocabulary shipped in `modalities/vocabulary`, a local folder, or a hub id."""
     max_tokens: PositiveInt = 32
     """Longer captions are cut, [CLS] and [SEP] included."""
+    max_bytes: PositiveInt = 65_536
+    """The rest of a longer text is not even tokenized."""
     pretrained: str | None = None
     """Local folder or hub id of any `AutoModel` encoder; the sizes below are then its own."""
     vocab_size: PositiveInt = 8000
@@ -32,6 +43,7 @@ class Config(ModalityConfig):
     num_heads: PositiveInt = 4
     dropout: NonNegativeFloat = 0.0
     """Of hidden states and attention, also with `pretrained`. Above 0 the numbers depend on the world size."""
+    augment: AugmentConfig = AugmentConfig()
 
     def build_processor(self) -> Processor:
         return TextProcessor(self)
@@ -57,17 +69,35 @@ class TextProcessor:
 
     def __init__(self, config: Config) -> None:
         self.tokenizer = config.build_tokenizer()
-        self.max_tokens = config.max_tokens
+        self.max_tokens, self.max_bytes = config.max_tokens, config.max_bytes
+        self.drop_probability = config.augment.drop_probability
 
     def __call__(self, data: bytes, *, seed: int | None) -> Features:
+        dropping = None
+        if seed is not None and self.drop_probability:
+            dropping = torch.Generator().manual_seed(seed)
+        encoded = self.tokenizer(
+            self._decode(data),
+            truncation=True,
+            max_length=self.max_tokens,
+            return_special_tokens_mask=dropping is not None,
+        )
+        ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        if dropping is not None:
+            special = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
+            ids = ids[_draw_kept(special, self.drop_probability, dropping)]
+        return {"input_ids": ids}
+
+    def _decode(self, data: bytes) -> str:
+        whole = len(data) <= self.max_bytes
         try:
-            text = data.decode("utf-8").strip()
+            # Not `bytes.decode`: the cut may fall inside a character, whose first bytes are then left out.
+            text = codecs.getincrementaldecoder("utf-8")().decode(data[: self.max_bytes], final=whole).strip()
         except UnicodeDecodeError as error:
             raise SampleError(f"not UTF-8 text: {error}") from error
         if not text:
-            raise SampleError("the text is empty")
-        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return {"input_ids": torch.tensor(ids, dtype=torch.int64)}
+            raise SampleError("the text is empty" if whole else f"the first {self.max_bytes} bytes are empty")
+        return text
 
     def collate(self, features: list[Features]) -> Features:
         """Padded to the longest: `input_ids (n, L)`, `attention_mask` bool `(n, L)`."""
@@ -75,6 +105,14 @@ class TextProcessor:
         lengths = torch.tensor([len(row) for row in ids])
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return {"input_ids": padded, "attention_mask": torch.arange(padded.shape[1]) < lengths[:, None]}
+
+
+def _draw_kept(special: Tensor, drop_probability: float, generator: torch.Generator) -> Tensor:
+    """bool `(L,)`: tokens that stay; the ordinary one with the largest draw always does."""
+    draws = torch.rand(len(special), generator=generator)
+    kept = special | (draws >= drop_probability)
+    kept[draws.masked_fill(special, -1).argmax()] = True
+    return kept
 
 
 class TextEncoder(Encoder):

@@ -77,24 +77,23 @@ class FusionModel(nn.Module):
     def encode(self, batch: Batch) -> Encoded:
         """Every modality's tokens and embeddings; each encoder runs once, also where the batch lacks its modality."""
         tokens, masks, rows, embeddings = {}, {}, {}, {}
-        anchor = torch.zeros((), device=batch.present.device)
         for name in self.modalities:
             part = batch.inputs.get(name)
-            tokens[name], masks[name], pooled_nE, zero = self.encode_modality(name, part, batch.present.device)
+            tokens[name], masks[name], pooled_nE = self.encode_modality(name, part, batch.present.device)
             rows[name] = part.rows if part else batch.sample_id[:0]
             embedding = F.normalize(at_least_fp32(pooled_nE), dim=-1)
             embeddings[name] = embedding.new_zeros(len(batch.present), embedding.shape[-1]).index_copy(
                 0, rows[name], embedding
             )
-            anchor = anchor + zero
-        return Encoded(TokenBatch(tokens, masks, rows, len(batch.present)), embeddings, anchor)
+        return Encoded(TokenBatch(tokens, masks, rows, len(batch.present)), embeddings)
 
     def encode_modality(
         self, name: str, part: ModalityBatch | None, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens `(n, L, D)`, mask `(n, L)`, unnormalised embedding `(n, E)`, and a connected scalar 0.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens `(n, L, D)`, mask `(n, L)` and unnormalised embedding `(n, E)`.
 
-        Without a part, one minimal row goes through and is dropped: a rank that skipped a module would hang the others.
+        Without a part, one minimal row goes through and is cut off: a rank that skipped a module would hang the others.
+        What is left has no rows but is still connected, so that the rank goes back through the same modules too.
         """
         encoder = self.encoders[name]
         assert isinstance(encoder, Encoder)
@@ -103,9 +102,8 @@ class FusionModel(nn.Module):
         tokens_nLD = self.projections[name](output.tokens)
         pooled_nE = self.heads[name](output.pooled)
         if part:
-            return tokens_nLD, output.mask, pooled_nE, pooled_nE.new_zeros((), dtype=torch.float32)
-        zero = 0.0 * (tokens_nLD.float().sum() + pooled_nE.float().sum())
-        return tokens_nLD[:0], output.mask[:0], pooled_nE[:0], zero
+            return tokens_nLD, output.mask, pooled_nE
+        return tokens_nLD[:0], output.mask[:0], pooled_nE[:0]
 
     def fuse(self, batch: TokenBatch) -> FusionOutput:
         """Fused tokens, pooled vectors and embeddings of any token batch.

@@ -56,14 +56,14 @@ class MaskedLanguage(Objective):
         if part is not None:
             masked_ids, targets_nL = self._mask(part, batch.sample_id[part.rows], batch.step)
             masked_part = ModalityBatch(part.rows, {**part.inputs, "input_ids": masked_ids})
-        tokens, _, _, zero = model.encode_modality("text", masked_part, batch.present.device)
+        tokens, _, _ = model.encode_modality("text", masked_part, batch.present.device)
         source = inputs.encoded.token_batch
         fused = model.fuse(source._replace(tokens={**source.tokens, "text": tokens}))
         predicted_nL = targets_nL >= 0
         logits_mV = at_least_fp32(self.decoder(self.transform(fused.tokens["text"][predicted_nL])))
         total = F.cross_entropy(logits_mV, targets_nL[predicted_nL], reduction="sum")
         count = sum_over_ranks(predicted_nL.sum())
-        return {"masked_language": total * world_size() / count.clamp(min=1) + zero}
+        return {"masked_language": total * world_size() / count.clamp(min=1)}
 
     def _mask(self, part: ModalityBatch, sample_id: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Ids with the chosen tokens changed (80% [MASK], 10% random, 10% kept), and targets, -1 elsewhere."""

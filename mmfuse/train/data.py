@@ -1,20 +1,29 @@
 """A run's training data: its sources, their plan, and this rank's batches from any step on."""
 
-import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+from mmfuse.data.blend import WeightSegment
+from mmfuse.data.buckets import LengthBuckets, choose_buckets
 from mmfuse.data.decode import SampleDecoder
-from mmfuse.data.loader import BatchRequest, load_batches, training_requests
+from mmfuse.data.loader import BatchRequest, load_batches, positions_of_rank, training_requests
 from mmfuse.data.mixture import open_source
+from mmfuse.data.order import ShardUse
 from mmfuse.data.plan import DataPlan, PlannedSource
-from mmfuse.files import drop_lines_after
+from mmfuse.data.quarantine import Quarantine
+from mmfuse.data.source import Source
 from mmfuse.modalities.base import Processor
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.metrics import MetricsWriter
+from mmfuse.train.prefetch import node_cache, prefetching
+from mmfuse.train.rank_lines import RankLines
 from mmfuse.train.run import RunConfig
 from mmfuse.types import Batch
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingData:
@@ -27,18 +36,21 @@ class TrainingData:
             ConfigError, DataError: a source is missing, not indexed, or does not fit the run.
         """
         self.run = run
-        self.sources = [open_source(config, modalities=tuple(run.model.modalities)) for config in run.data.train]
-        self.plan = DataPlan(
-            [
-                # Without weights, sources count by their sizes.
-                PlannedSource(source.name, source.counts, config.weight or float(len(source)), source.index_hash)
-                for config, source in zip(run.data.train, self.sources, strict=True)
-            ],
-            seed=run.seed,
-            global_batch=run.train.global_batch,
-            lanes=run.data.lanes,
-            window_shards=run.data.window_shards,
-        )
+        self.sources = _open_sources(run)
+        self.plan = self._build_plan(())
+
+    def use_segments(self, segments: Sequence[WeightSegment], *, start: int) -> None:
+        """Goes on with the weights that a checkpoint recorded; from `start` on with the run's, where they differ."""
+        now = self.plan.segments[-1].weights
+        if segments[-1].weights != now:
+            logger.info("weights of the sources from step %d on: %s, before: %s", start, now, segments[-1].weights)
+            segments = [*(s for s in segments if s.start_step < start), WeightSegment(start, now)]
+        self.plan = self._build_plan(segments)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How many epochs of each source were dealt before `step`, for the metrics."""
+        epochs = zip(self.sources, self.plan.epochs(step).tolist(), strict=True)
+        return {f"sources/{source.name}/epochs": number for source, number in epochs}
 
     def batches(
         self, processors: dict[str, Processor], *, start: int, engine: Engine, metrics: MetricsWriter
@@ -63,27 +75,73 @@ class TrainingData:
             prefetch_batches=run.data.prefetch_batches,
             pin_memory=engine.device.type == "cuda",
         )
-        record = _SampleRecord(run.folder, engine, start) if run.train.record_samples else None
-        since = time.perf_counter()
-        for batch in batches:
-            metrics.count_wait(time.perf_counter() - since)
-            if record:
-                record.add(batch)
-            yield batch.to(engine.device)
+        quarantine = Quarantine([source.name for source in self.sources], run.data.quarantine)
+        records = _Records(run.folder, engine, start=start, samples=run.train.record_samples)
+        uses = partial(self._uses, start, engine.world_size)
+        with prefetching(run.data.cache, self.sources, uses, run_folder=run.folder, purpose="train") as report:
             since = time.perf_counter()
+            for batch in batches:
+                metrics.count_wait(time.perf_counter() - since)
+                report(batch.step - 1)  # with accumulation, more of this step may be read
+                records.add(batch)
+                quarantine.add(batch)
+                metrics.count_sources(quarantine.counts())
+                yield batch.to(engine.device)
+                since = time.perf_counter()
+
+    def _uses(self, start: int, world_size: int, ranks: list[int]) -> Callable[[], Iterator[ShardUse]]:
+        """What these ranks read from step `start` on."""
+        run = self.run
+        positions = [
+            positions_of_rank(
+                run.train.global_batch, rank=rank, world_size=world_size, accumulation=run.train.accumulation
+            )
+            for rank in ranks
+        ]
+        rows = [range(int(part[0]), int(part[-1]) + 1) for parts in positions for part in parts]
+        return partial(self.plan.shard_uses, start, rows=rows)
+
+    def _build_plan(self, segments: Sequence[WeightSegment]) -> DataPlan:
+        run = self.run
+        return DataPlan(
+            [
+                # Without weights, sources count by their sizes.
+                PlannedSource(
+                    source.name, source.counts_by_bucket, config.weight or float(len(source)), source.index_hash
+                )
+                for config, source in zip(run.data.train, self.sources, strict=True)
+            ],
+            seed=run.seed,
+            global_batch=run.train.global_batch,
+            lanes=run.data.lanes,
+            window_shards=run.data.window_shards,
+            segments=segments,
+        )
 
 
-class _SampleRecord:
-    """`samples.rankN.jsonl`: the keys of every batch that this rank trained on."""
+def _open_sources(run: RunConfig) -> list[Source]:
+    modalities = tuple(run.model.modalities)
+    cache = node_cache(run.data.cache, run.folder, purpose="train")
+    sources = [open_source(config, modalities=modalities, cache=cache) for config in run.data.train]
+    if run.data.buckets is None:
+        return sources
+    by = run.data.buckets.modality
+    rules = [source.rules.get(by) for source in sources]
+    extensions = [tuple(rule.extensions) if rule else () for rule in rules]
+    facts = ((source.name, source.facts, e) for source, e in zip(sources, extensions, strict=True))
+    buckets: LengthBuckets = choose_buckets(run.data.buckets, facts)
+    return [open_source(c, modalities=modalities, cache=cache, buckets=buckets) for c in run.data.train]
 
-    def __init__(self, folder: Path, engine: Engine, start: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"samples.rank{engine.rank}.jsonl"
-        drop_lines_after(path, start)
-        for other in folder.glob("samples.rank*.jsonl"):  # of ranks that a larger world had before
-            if engine.rank == 0 and int(other.name.split(".")[1].removeprefix("rank")) >= engine.world_size:
-                drop_lines_after(other, start)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
+
+class _Records:
+    """`quarantine.rankN.jsonl`: bad members that this rank met; `samples.rankN.jsonl`: its keys, for audits."""
+
+    def __init__(self, folder: Path, engine: Engine, *, start: int, samples: bool) -> None:
+        self._faults = RankLines(folder, "quarantine", engine.rank, engine.world_size, start=start)
+        self._samples = RankLines(folder, "samples", engine.rank, engine.world_size, start=start) if samples else None
 
     def add(self, batch: Batch) -> None:
-        self._file.write(json.dumps({"step": batch.step + 1, "keys": batch.keys}) + "\n")
+        if self._samples:
+            self._samples.write(batch.step + 1, {"keys": batch.keys})
+        for fault in batch.faults:
+            self._faults.write(batch.step + 1, fault._asdict())

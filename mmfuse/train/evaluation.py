@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from mmfuse.data.decode import SampleDecoder
 from mmfuse.data.loader import BatchRequest, evaluation_requests, load_batches
 from mmfuse.data.mixture import open_source
+from mmfuse.data.order import ShardUse
+from mmfuse.data.shard_files import NodeCache
+from mmfuse.data.source import Source
 from mmfuse.distributed import barrier, rank, world_size
 from mmfuse.evaluate.report import write_report
 from mmfuse.evaluate.retrieval import embed_set, evaluate_retrieval, summarize
@@ -18,7 +22,9 @@ from mmfuse.files import write_text
 from mmfuse.task import Task
 from mmfuse.train.checkpoint import RUN, load_weights, read_facts, verify_checkpoint
 from mmfuse.train.environment import write_environment
+from mmfuse.train.prefetch import evaluation_uses, node_cache, prefetching
 from mmfuse.train.run import RunConfig, load_run
+from mmfuse.types import Batch, Fault
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +39,46 @@ class Evaluator:
         """Opens them now, so that a missing one is known before the first step."""
         self.config, self.num_workers = run.evaluation, run.data.num_workers
         modalities = tuple(run.model.modalities)
-        self.sources = {n: open_source(c, modalities=modalities) for n, c in run.data.validation.items()}
+        self._cache, self._folder = run.data.cache, run.folder
+        self.sources = {
+            name: open_source(config, modalities=modalities, cache=self._node_cache(name))
+            for name, config in run.data.validation.items()
+        }
         self.processors = {name: config.build_processor() for name, config in run.model.modality_configs.items()}
 
     def evaluate(self, task: Task, device: torch.device) -> Results:
         """Scores of every set; all ranks must call."""
         results = {}
         for name, source in self.sources.items():
-            decoder = SampleDecoder([source], self.processors, seed=None)
-
-            def requests(size: int = len(source)) -> Iterator[BatchRequest]:
-                batch_size = max(self.config.batch_size, world_size())
-                return evaluation_requests(size, batch_size=batch_size, rank=rank(), world_size=world_size())
-
-            batches = load_batches(decoder, requests, num_workers=self.num_workers)
+            batches = self._batches(name, source)
             embedded = embed_set(task.model, batches, num_samples=len(source), device=device, name=name)
             results[name] = evaluate_retrieval(embedded, self.config)
         return results
+
+    def _batches(self, name: str, source: Source) -> Iterator[Batch]:
+        batch_size = max(self.config.batch_size, world_size())
+
+        def requests() -> Iterator[BatchRequest]:
+            return evaluation_requests(len(source), batch_size=batch_size, rank=rank(), world_size=world_size())
+
+        def uses(_: list[int]) -> Callable[[], Iterator[ShardUse]]:
+            return partial(evaluation_uses, source.counts.tolist(), batch_size=batch_size)
+
+        decoder = SampleDecoder([source], self.processors, seed=None)
+        batches = load_batches(decoder, requests, num_workers=self.num_workers)
+        faults: list[Fault] = []
+        with prefetching(self._cache, [source], uses, run_folder=self._folder, purpose=_purpose(name)) as report:
+            for batch in batches:
+                report(batch.step)
+                faults += batch.faults
+                yield batch
+        if faults:
+            first = faults[0]
+            example = f"{first.shard}/{first.key}.{first.extension}: {first.reason}"
+            logger.warning("%s: %d members of this rank are bad and left out, such as %s", name, len(faults), example)
+
+    def _node_cache(self, name: str) -> NodeCache:
+        return node_cache(self._cache, self._folder, purpose=_purpose(name))
 
     def evaluate_step(self, task: Task, device: torch.device, *, step: int, folder: Path) -> Results:
         """Evaluates and, on rank 0, keeps the scores as `evaluations/step_NNNNNNNN.json`."""
@@ -73,6 +102,10 @@ class Evaluator:
             table = "\n".join(summarize(results, k=max(self.config.recall_at)))
             logger.info("retrieval:\n%s\nreport: %s", table or "no validation set", page)
         barrier()
+
+
+def _purpose(name: str) -> str:
+    return f"evaluate-{name}"
 
 
 def evaluate_checkpoint(

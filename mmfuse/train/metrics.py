@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mmfuse.data.quarantine import SourceCounts
 from mmfuse.distributed import rank, sum_over_ranks, world_size
 from mmfuse.files import drop_lines_after
 from mmfuse.log import hide_bar
@@ -31,6 +32,7 @@ class MetricsWriter:
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._waited = 0.0
+        self._sources: dict[str, SourceCounts] = {}
         self._since = time.perf_counter()
         if rank() == 0:
             drop_lines_after(self.path, start)
@@ -49,6 +51,10 @@ class MetricsWriter:
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
             value = value.float() * share
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def count_sources(self, counts: dict[str, SourceCounts]) -> None:
+        """What this rank met in each source since the run was started."""
+        self._sources = counts
 
     def end_step(self) -> None:
         self._steps += 1
@@ -72,10 +78,19 @@ class MetricsWriter:
             "data_wait_seconds": self._waited / self._steps,
             "memory_gib": _peak_memory_gib(self.device),
         }
+        numbers |= self._sum_sources()
         if rank() == 0:
             self._write_line(step, numbers)
         self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, time.perf_counter()
         return numbers
+
+    def _sum_sources(self) -> dict[str, float]:
+        """`sources/NAME/samples`, `masked` and `lost`, over all ranks."""
+        if not self._sources:
+            return {}
+        counts = torch.tensor(list(self._sources.values()), dtype=torch.float64, device=self.device)
+        names = [f"sources/{name}/{field}" for name in self._sources for field in SourceCounts._fields]
+        return dict(zip(names, sum_over_ranks(counts).flatten().tolist(), strict=True))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Saves a run, and finds the place to go on from."""
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from mmfuse.data.blend import WeightSegment
+from mmfuse.data.plan import DataPlan
 from mmfuse.distributed import barrier
 from mmfuse.errors import CheckpointError
 from mmfuse.train.checkpoint import (
@@ -20,6 +23,7 @@ from mmfuse.train.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from mmfuse.train.data import TrainingData
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.environment import describe_environment
 from mmfuse.train.optim import build_optimizer
@@ -27,14 +31,18 @@ from mmfuse.train.run import RunConfig, changed_settings, load_run
 
 logger = logging.getLogger(__name__)
 
+_MESSAGE_CHARACTERS = 300
 
-def start_or_resume(run: RunConfig, engine: Engine, task: nn.Module, *, plan_identity: dict[str, Any]) -> int:
+
+def start_or_resume(run: RunConfig, engine: Engine, task: nn.Module, data: TrainingData) -> int:
     """Distributes the task, with the newest checkpoint's weights and moments if there is one; returns the next step.
+
+    The data goes on with the weights of its sources that the checkpoint recorded; those of the run hold from here.
 
     Raises:
         CheckpointError: the folder holds a checkpoint of a run that differs in what must not change.
     """
-    checkpoint = _newest_checkpoint(run, engine, plan_identity)
+    checkpoint = _newest_checkpoint(run, engine, data.plan.identity())
     if checkpoint:
         load_weights(task, checkpoint)  # before wrapping: low-precision copies are made there
     rows = math.ceil(run.train.global_batch / run.train.accumulation / engine.world_size)
@@ -45,16 +53,18 @@ def start_or_resume(run: RunConfig, engine: Engine, task: nn.Module, *, plan_ide
     facts = read_facts(checkpoint)
     engine.import_moments(load_portable_state(checkpoint), facts["adam_steps"])
     logger.info("resumed from %s, written by %s", checkpoint, facts["written_by"])
+    data.use_segments([WeightSegment(start, tuple(w)) for start, w in facts["weights"]], start=int(facts["step"]))
     return int(facts["step"])
 
 
-def save(run: RunConfig, engine: Engine, *, step: int, plan_identity: dict[str, Any]) -> None:
+def save(run: RunConfig, engine: Engine, plan: DataPlan, *, step: int) -> None:
     """Writes the checkpoint of `step`; all ranks must call."""
     state, adam_steps = engine.export_state()
     if engine.rank == 0:
         facts = {
             "adam_steps": adam_steps,
-            "plan": plan_identity,
+            "plan": plan.identity(),
+            "weights": plan.segments,
             "written_by": f"{engine.name} on {engine.world_size} ranks",
             "environment": describe_environment(engine.name),
         }
@@ -69,7 +79,7 @@ def save(run: RunConfig, engine: Engine, *, step: int, plan_identity: dict[str, 
     barrier()
 
 
-def _newest_checkpoint(run: RunConfig, engine: Engine, plan_identity: dict[str, Any]) -> Path | None:
+def _newest_checkpoint(run: RunConfig, engine: Engine, identity: dict[str, Any]) -> Path | None:
     """The newest complete checkpoint of this run; rank 0 looks, so that all ranks see the same."""
     found: list[Path | None] = [None]
     if engine.rank == 0:
@@ -82,7 +92,11 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, plan_identity: dict[str, 
         return None
     changed = changed_settings(load_run(str(checkpoint / RUN)), run)
     stored = read_facts(checkpoint)["plan"]
-    changed += [f"data: {name} has changed" for name in plan_identity if plan_identity[name] != stored.get(name)]
+    changed += [
+        f"data: {name} was {_short(stored.get(name))}, is {_short(identity[name])}"
+        for name in identity
+        if identity[name] != stored.get(name)
+    ]
     if int(read_facts(checkpoint)["step"]) > run.train.steps:
         changed.append(
             f"train.steps: it has done {read_facts(checkpoint)['step']} steps, this run ends after {run.train.steps}"
@@ -93,6 +107,12 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, plan_identity: dict[str, 
             + "\n  ".join(changed)
         )
     return checkpoint
+
+
+def _short(value: Any) -> str:
+    """For a message: long lists of sources by their differences would fill a screen."""
+    text = json.dumps(value)
+    return text if len(text) <= _MESSAGE_CHARACTERS else f"{text[:_MESSAGE_CHARACTERS]} ..."
 
 
 def _is_undamaged(checkpoint: Path) -> bool:

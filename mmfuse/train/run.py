@@ -30,6 +30,9 @@ _MAY_CHANGE = (
     "train.",
     "optimizer.",
     "evaluation.",
+    "data.train",  # the plan's identity tells one source from another, and their weights may change
+    "data.cache",
+    "data.quarantine",
     "data.num_workers",
     "data.prefetch",
     "data.validation",

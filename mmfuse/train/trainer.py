@@ -35,7 +35,7 @@ def train(run: RunConfig) -> Path:
     task = Task(run.model, run.objective_configs, seed=run.seed)
     _describe_start(run, engine, data, task)
 
-    start = start_or_resume(run, engine, task, plan_identity=data.plan.identity())
+    start = start_or_resume(run, engine, task, data)
     write_environment(run.folder, run, strategy=engine.name)
     evaluator.forget_after(start, folder=run.folder)
     if start == 0:
@@ -69,14 +69,14 @@ def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluato
         done, last = step + 1, step + 1 == config.steps
         saves = last or done % config.checkpoint_every == 0
         if saves or done % config.log_every == 0:
-            facts = {"learning_rate": rate * run.optimizer.learning_rate, "grad_norm": grad_norm, **plan.epochs(done)}
+            facts = {"learning_rate": rate * run.optimizer.learning_rate, "grad_norm": grad_norm, **data.epochs(done)}
             check_finite(metrics.write(done, rows=config.global_batch, facts=facts), step=done)
         if config.evaluate_every and done % config.evaluate_every == 0 and not last:
             with metrics.paused():
                 evaluator.evaluate_step(task, engine.device, step=done, folder=run.folder)
         if saves:
             with metrics.paused():
-                save(run, engine, step=done, plan_identity=plan.identity())
+                save(run, engine, plan, step=done)
     metrics.close()
 
 

@@ -4,17 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_MODALITIES, picture_bytes, sample_members, write_data_set, write_tar
+from helpers import TINY_MODALITIES, index_folder, picture_bytes, sample_members, write_data_set, write_tar
 
-from mmfuse.data.checks import index_shards
-from mmfuse.data.decode import SampleDecoder, choose_caption
+from mmfuse.data.decode import SampleDecoder
 from mmfuse.data.mixture import SourceConfig, open_source
-from mmfuse.data.recipe import MemberRule
-from mmfuse.errors import SampleError
 from mmfuse.model.model import ModelConfig
 from mmfuse.types import Sample, SampleRef
-
-LINES = MemberRule(extensions=("txt",), captions="lines")
 
 
 def make_decoder(recipe: Path, *, seed: int | None) -> SampleDecoder:
@@ -51,7 +46,7 @@ def test_training_tensors_depend_on_seed_epoch_and_sample_alone(recipe: Path) ->
 def test_two_samples_of_the_same_bytes_are_augmented_differently(tmp_path: Path) -> None:
     recipe = write_data_set(tmp_path / "set", shard_sizes=(2,), modalities=["image"], index=False)
     write_tar(tmp_path / "set/train-0.tar", {"0.jpg": picture_bytes(1), "1.jpg": picture_bytes(1)})
-    list(index_shards([tmp_path / "set/train-0.tar"]))
+    index_folder(tmp_path / "set")
     decoder = make_decoder(recipe, seed=1)
     assert differing(decoder(SampleRef(0, 0, 0)), decoder(SampleRef(0, 1, 0))) == {"image"}
     decoder = make_decoder(recipe, seed=None)
@@ -84,15 +79,6 @@ def test_sample_ids_differ_between_sources(recipe: Path) -> None:
     assert len({twice(SampleRef(source, index, 0)).sample_id for source in (0, 1) for index in (0, 1)}) == 4
 
 
-def test_training_draws_captions_and_evaluation_takes_the_first() -> None:
-    data = b"one\r\n\n  \ntwo\nthree"
-    drawn = [choose_caption(data, LINES, seed=seed) for seed in range(60)]
-    assert set(drawn) == {b"one", b"two", b"three"}
-    assert [choose_caption(data, LINES, seed=seed) for seed in range(60)] == drawn
-    assert choose_caption(data, LINES, seed=None) == b"one"
-    assert choose_caption(data, MemberRule(extensions=("txt",)), seed=3) == data
-
-
 def test_captions_vary_over_epochs(emoji_sample: Path) -> None:
     decoder = make_decoder(emoji_sample, seed=1)
     index = next(i for i in range(300) if decoder.sources[0].read(i).members.get("text", ("", b""))[1].count(b"\n") > 1)
@@ -108,13 +94,31 @@ def test_captions_vary_over_epochs(emoji_sample: Path) -> None:
         ("0003.ogg", b"no sound", "not a readable WAV"),
     ],
 )
-def test_a_bad_member_is_named_with_shard_and_key(tmp_path: Path, monkeypatch, name: str, data: bytes, message) -> None:
+def test_a_bad_member_masks_its_modality_and_is_named(
+    tmp_path: Path, monkeypatch, name: str, data: bytes, message
+) -> None:
     monkeypatch.setattr("helpers.sample_members", lambda n, m: sample_members(n, m) | ({name: data} if n == 3 else {}))
-    decoder = make_decoder(write_data_set(tmp_path / "set"), seed=1)
-    with pytest.raises(SampleError, match=f"/set/train-0.tar/{name}: {message}.*mmfuse shards check"):
-        decoder(SampleRef(0, 3, 0))
+    sample = make_decoder(write_data_set(tmp_path / "set"), seed=1)(SampleRef(0, 3, 0))
+    (fault,) = sample.faults
+    assert (fault.source, fault.shard, fault.key) == ("set/train", str(tmp_path / "set/train-0.tar"), "0003")
+    assert f"{fault.key}.{fault.extension}" == name
+    assert fault.reason.startswith(message) and not fault.lost
+    assert len(sample.features) == 2, "only the bad member's modality is absent"
 
 
-def test_a_member_without_any_caption_is_bad() -> None:
-    with pytest.raises(SampleError, match="no caption in any line"):
-        choose_caption(b" \n\n", LINES, seed=0)
+def test_a_sample_of_which_nothing_is_left_stays_as_a_row_without_modalities(tmp_path: Path) -> None:
+    recipe = write_data_set(tmp_path / "set", shard_sizes=(2,), modalities=["image"], index=False)
+    write_tar(tmp_path / "set/train-0.tar", {"0.jpg": b"no picture", "1.jpg": picture_bytes(1)})
+    index_folder(tmp_path / "set")
+    sample = make_decoder(recipe, seed=1)(SampleRef(0, 0, 0))
+    assert (sample.features, sample.sample_id, [fault.lost for fault in sample.faults]) == ({}, 0, [True])
+
+
+def test_a_decoder_that_breaks_in_its_own_way_costs_the_member_and_not_the_run(recipe: Path) -> None:
+    def broken(data: bytes, *, seed: int | None):
+        raise ZeroDivisionError("of a third party")
+
+    decoder = make_decoder(recipe, seed=1)
+    decoder.processors["image"] = broken  # type: ignore[assignment]
+    (fault,) = decoder(SampleRef(0, 2, 0)).faults
+    assert (fault.kind, fault.reason) == ("unexpected", "ZeroDivisionError: of a third party")

@@ -5,11 +5,16 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 from helpers import write_tar
 
-from mmfuse.data import shard_index
-from mmfuse.data.shard_index import ShardIndex, build_index, split_name
+from mmfuse.data import index_file
+from mmfuse.data.index_file import MAGIC, IndexColumns, ShardPart
+from mmfuse.data.shard_index import ShardIndex, build_index
+from mmfuse.data.tar import walk_tar
+from mmfuse.data.tar_samples import split_name
 from mmfuse.errors import DataError, ShardError
 
 MEMBERS = {
@@ -36,7 +41,7 @@ def test_samples_have_the_bytes_of_their_members(shard: Path, tmp_path: Path) ->
     index, data = build_index(shard, tmp_path / "x.idx"), shard.read_bytes()
     found = {}
     for number in range(len(index)):
-        key, members = index.sample(number)
+        key, members, _ = index.sample(number)
         found[key] = {extension: data[start : start + size] for extension, (start, size) in members.items()}
     assert found == {
         "a/0001": {"jpg": b"picture", "seg.png": b"mask"},
@@ -60,6 +65,9 @@ def test_a_reopened_index_is_the_built_one(shard: Path, tmp_path: Path) -> None:
         ("./0001.jpg", ("./0001", "jpg")),
         ("0001", ("0001", "")),
         (".hidden", ("", "hidden")),
+        ("/etc/0001.jpg", ("/etc/0001", "jpg")),
+        ("/0001.jpg", ("/0001", "jpg")),
+        ("../../0001.jpg", ("../../0001", "jpg")),
     ],
 )
 def test_a_key_ends_at_the_first_dot_of_the_base_name(name: str, expected: tuple[str, str]) -> None:
@@ -119,21 +127,137 @@ def test_a_cut_off_index_is_refused(shard: Path, tmp_path: Path, length: int) ->
     assert str(place) in str(error.value)
 
 
+def with_header(text: bytes, *, body: bytes = bytes(640)) -> bytes:
+    """A sidecar whose header says what it likes, with a right digest: what a hostile one looks like."""
+    return index_file._padded(index_file._PREFIX.pack(MAGIC, len(text), xxhash.xxh3_128_digest(text)) + text) + body
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "message"),
     [
-        b"garbage" * 100,
-        shard_index._MAGIC + b"\xff" * 600,
-        shard_index._MAGIC + (2).to_bytes(8, "little") + b"[]" + bytes(600),
-        shard_index._MAGIC + (13).to_bytes(8, "little") + b'{"arrays":{}}' + bytes(600),
+        (b"garbage" * 100, "wrong magic"),
+        (b"MMINDEX1" + bytes(600), "of another format version"),
+        (MAGIC + b"\xff" * 600, "header is damaged"),
+        (with_header(b"[]"), ""),
+        (with_header(b"{}"), ""),
+        (with_header(b"[" * 200_000), ""),
+        (with_header(b'{"samples": -1, "members": 1, "key_bytes": 1, "part_members": 0}'), "samples = -1"),
+        (with_header(b'{"samples": 1e3, "members": 1, "key_bytes": 1, "part_members": 0}'), ""),
+        (with_header(b'{"samples": 9, "members": 1, "key_bytes": 1, "part_members": 0}'), "bytes instead of"),
     ],
-    ids=["magic", "length", "no mapping", "no arrays"],
+    ids=["magic", "version 1", "digest", "no mapping", "empty", "deep", "negative", "fraction", "size"],
 )
-def test_garbage_is_no_index(tmp_path: Path, content: bytes) -> None:
+def test_garbage_is_no_index(tmp_path: Path, content: bytes, message: str) -> None:
     place = tmp_path / "x.idx"
     place.write_bytes(content)
-    with pytest.raises(ShardError, match="not a readable index"):
+    with pytest.raises(ShardError, match=rf"not a readable index \(.*{message}.*index the shard again"):
         ShardIndex(place)
+
+
+@pytest.mark.parametrize(
+    ("array", "change", "message"),
+    [
+        ("member_offset", 1 << 40, "points outside its tar"),
+        ("member_size", 1 << 63, "points outside its tar"),
+        ("member_part", 1, "a tar that it does not list"),
+        ("first_member", 1, "other members than it says"),
+        ("signature", 1, "other extensions than it says"),
+        ("key_end", 1 << 40, "keys overlap"),
+    ],
+)
+def test_an_index_of_right_digests_that_points_elsewhere_is_refused(
+    shard: Path, tmp_path: Path, monkeypatch, array: str, change: int, message: str
+) -> None:
+    whole = IndexColumns.to_arrays
+
+    def changed(columns: IndexColumns) -> dict[str, np.ndarray]:
+        arrays = whole(columns)
+        arrays["member_part"] = np.zeros_like(arrays["member_size"], np.uint8)
+        arrays[array][-1] += arrays[array].dtype.type(change)
+        return arrays
+
+    monkeypatch.setattr(IndexColumns, "to_arrays", changed)
+    build_index(shard, tmp_path / "x.idx")  # writes; reads only the header again
+    with pytest.raises(ShardError, match=rf"x.idx: not a readable index \(.*{message}"):
+        ShardIndex(tmp_path / "x.idx").sample(0)
+
+
+def test_an_index_written_anew_under_an_open_one_is_noticed(shard: Path, tmp_path: Path) -> None:
+    index = build_index(shard, tmp_path / "x.idx")
+    before = index.sample(2)
+    index.close()
+    assert index.sample(2) == before
+    write_tar(shard, {name.replace("a/", "c/"): data for name, data in MEMBERS.items()})
+    build_index(shard, tmp_path / "x.idx")
+    assert index.sample(2) == before  # its map is still that of the older file
+    index.close()
+    with pytest.raises(ShardError, match="written anew since it was opened"):
+        index.sample(2)
+
+
+def test_a_closed_index_keeps_no_file_open(shard: Path, tmp_path: Path) -> None:
+    build_index(shard, tmp_path / "x.idx")
+    before = len(os.listdir("/dev/fd"))
+    indexes = [ShardIndex(tmp_path / "x.idx") for _ in range(20)]
+    assert len(os.listdir("/dev/fd")) == before  # ten thousand shards are opened at once
+    for index in indexes:
+        index.sample(0)
+        index.spans(0, (("jpg",),))
+        index.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+CHOICES = (("png", "jpg"), ("txt", "seg.png"), ("flac",))
+
+
+def test_spans_are_the_preferred_members_of_a_sample(tmp_path: Path) -> None:
+    members = {"0.jpg": b"123", "0.png": b"12", "1.seg.png": b"1", "1.txt": b"1234", "2.json": b"", "ü.jpg": b"x"}
+    index = index_of(members, tmp_path)
+    data = (tmp_path / "y.tar").read_bytes()
+
+    def read(number: int, choices) -> tuple[str, list[tuple[str, bytes] | None]]:
+        key, spans = index.spans(number, choices)
+        return key, [span and (span.extension, data[span.offset : span.offset + span.size]) for span in spans]
+
+    expected = [
+        ("0", [("png", b"12"), None, None]),
+        ("1", [None, ("txt", b"1234"), None]),
+        ("2", [None, None, None]),
+        ("ü", [("jpg", b"x"), None, None]),
+    ]
+    assert [read(number, CHOICES) for number in range(4)] == expected
+    assert read(1, (("seg.png",),)) == ("1", [("seg.png", b"1")])
+    assert [read(number, CHOICES) for number in range(4)] == expected
+    assert {span.part for span in index.spans(0, CHOICES)[1] if span} == {0}
+    assert index.member_sizes(("png", "jpg")).tolist() == [2, -1, -1, 1]
+    assert index.member_sizes(("seg.png", "json")).tolist() == [-1, 1, 0, -1]
+    assert index.member_sizes(("wav",)).tolist() == [-1] * 4
+
+
+def test_what_is_known_of_the_tar_is_kept_and_does_not_change_the_content_hash(shard: Path, tmp_path: Path) -> None:
+    os.utime(shard, ns=(1, 1_234_567_890_123_456_789))
+    index = build_index(shard, tmp_path / "x.idx", checksum="xxh3:00")
+    assert index.parts == (ShardPart("x.tar", shard.stat().st_size, 1_234_567_890_123_456_789, "xxh3:00"),)
+    header = index.header
+    assert (header["shard_bytes"], header["modified_ns"], header["checksum"], header["version"]) == (
+        *index.parts[0][1:],
+        2,
+    )
+    assert header["other_members"] == 2
+    copied = build_index(shard.rename(tmp_path / "z.tar"), tmp_path / "z.idx")
+    os.utime(copied.path.with_suffix(".tar"), ns=(1, 1))
+    assert build_index(tmp_path / "z.tar", tmp_path / "z.idx").header["content_hash"] == header["content_hash"]
+
+
+def test_a_tar_that_changes_while_it_is_indexed_is_refused(shard: Path, tmp_path: Path, monkeypatch) -> None:
+    def walk_and_touch(path: Path):
+        yield from walk_tar(path)
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr("mmfuse.data.tar_samples.walk_tar", walk_and_touch)
+    with pytest.raises(ShardError, match="has changed while it was indexed"):
+        build_index(shard, tmp_path / "x.idx")
+    assert os.listdir(tmp_path) == ["x.tar"]
 
 
 def test_the_content_hash_knows_names_sizes_and_order_but_not_the_shard_name(tmp_path: Path) -> None:
@@ -156,5 +280,6 @@ def test_the_content_hash_knows_names_sizes_and_order_but_not_the_shard_name(tmp
 
 def test_an_empty_tar_is_a_shard_of_no_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("mmfuse").propagate = True
-    assert len(index_of([], tmp_path)) == 0
+    index = index_of([], tmp_path)
+    assert (len(index), index.member_sizes(("jpg",)).tolist(), index.signatures) == (0, [], [])
     assert f"{tmp_path / 'y.tar'}: is empty" in caplog.text

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import picture_bytes, write_data_set, write_tar, write_yaml
+from helpers import index_folder, picture_bytes, write_data_set, write_tar, write_yaml
 
-from mmfuse.data import source as source_module
-from mmfuse.data.checks import index_shards
+from mmfuse.data import shard_files
 from mmfuse.data.mixture import SourceConfig, open_source
-from mmfuse.data.recipe import find_shards
 from mmfuse.data.source import Source
 from mmfuse.errors import ConfigError, DataError, ShardError
 
@@ -24,8 +22,9 @@ MEMBERS = {
 def make_source(
     folder: Path, *, modalities: tuple[str, ...] = ("image", "text"), split: str = "train", **changes: Any
 ) -> Source:
-    shards = [write_tar(folder / name, members) for name, members in MEMBERS.items()]
-    list(index_shards(shards))
+    for name, members in MEMBERS.items():
+        write_tar(folder / name, members)
+    index_folder(folder)
     recipe = {
         "name": "made",
         "members": {"image": {"extensions": ["jpg", "png"]}, "text": {"extensions": ["txt"]}},
@@ -44,7 +43,7 @@ def test_samples_hold_the_preferred_member_of_each_modality_that_they_have(tmp_p
         {"image": ("jpg", b"a2 jpg")},
         {},
     ]
-    assert source.read(2).key == f"{tmp_path}/train-1.tar/a_2"
+    assert source.read(2)[:2] == (f"{tmp_path}/train-1.tar", "a_2")
     assert source.count_by_modalities() == {("image", "text"): 1, ("text",): 1, ("image",): 1, (): 1}
 
 
@@ -56,22 +55,21 @@ def test_a_folder_as_img2dataset_leaves_it_needs_no_member_rules(tmp_path: Path)
     write_tar(tmp_path / "00001.tar", {})  # every download failed
     for other in ("00000.parquet", "00000_stats.json"):
         (tmp_path / other).write_bytes(b"x")
-    list(index_shards(find_shards((str(tmp_path),))))
+    index_folder(tmp_path)
     recipe = write_yaml(tmp_path / "mine.yaml", {"name": "mine", "splits": {"train": {"shards": [str(tmp_path)]}}})
     source = open_source(SourceConfig(recipe=str(recipe)), modalities=("text", "image", "audio"))
-    assert [source.read(n).key.rpartition("/")[2] for n in range(len(source))] == ["000000001", "000000000"]
+    assert [source.read(n).key for n in range(len(source))] == ["000000001", "000000000"]
     assert source.read(0).members == {"image": ("jpg", pair["jpg"]), "text": ("txt", b"a caption")}
 
 
 def test_samples_of_one_pattern_are_one_group_across_shards(tmp_path: Path) -> None:
-    groups = [make_source(tmp_path).read(number).group_id for number in range(4)]
+    groups = [make_source(tmp_path).read(number).group for number in range(4)]
     assert groups[0] == groups[2]
     assert len(set(groups)) == 3
 
 
-def test_without_a_pattern_every_sample_is_its_own_group(tmp_path: Path) -> None:
-    source = make_source(tmp_path, group_pattern=None)
-    assert len({source.read(number).group_id for number in range(4)}) == 4
+def test_without_a_pattern_a_sample_names_no_group(tmp_path: Path) -> None:
+    assert make_source(tmp_path, group_pattern=None).read(0).group is None
 
 
 def test_a_key_without_the_group_pattern_is_named(tmp_path: Path) -> None:
@@ -93,7 +91,7 @@ def test_a_key_without_the_group_pattern_is_named(tmp_path: Path) -> None:
         (
             {"members": {"image": {"extensions": ["webp"]}}},
             DataError,
-            r"no sample has a member that recipe 'made' reads \(image: webp\); .*train-0.tar has .jpg .txt",
+            r"no sample has a member that its recipe reads \(image: webp\); .*train-0.tar has .jpg .txt",
         ),
     ],
     ids=["split", "modality", "count", "extension"],
@@ -105,20 +103,29 @@ def test_a_recipe_that_does_not_fit_its_shards_is_refused(tmp_path: Path, change
 
 def test_a_shard_without_an_index_is_told_with_the_command(tmp_path: Path) -> None:
     recipe = write_data_set(tmp_path / "set", modalities=["text"], index=False)
-    with pytest.raises(DataError, match=r"train-0.tar has no index; run: mmfuse shards index"):
+    with pytest.raises(DataError, match=r"train-0.tar and 1 more: not indexed; run: mmfuse shards index .*recipe.yaml"):
         open_source(SourceConfig(recipe=str(recipe)), modalities=("text",))
 
 
-def test_a_shard_that_changed_size_since_it_was_indexed_is_refused(tmp_path: Path) -> None:
+def test_a_shard_that_changed_since_it_was_indexed_is_refused_by_name(tmp_path: Path) -> None:
     recipe = write_data_set(tmp_path / "set", modalities=["text"])
+    source = open_source(SourceConfig(recipe=str(recipe)), modalities=("text",))
+    source.check_shards()
+    same_size = (tmp_path / "set/train-1.tar").read_bytes().replace(b"thing 6", b"thing X")
+    (tmp_path / "set/train-1.tar").write_bytes(same_size)
+    with pytest.raises(ShardError, match=r"train-1.tar: has been written to .* run: mmfuse shards index .*/set$"):
+        source.check_shards()
+    with pytest.raises(ShardError, match=r"train-1.tar: has been written to"):
+        source.read(6)
     with open(tmp_path / "set/train-1.tar", "ab") as file:
         file.write(bytes(512))
-    with pytest.raises(ShardError, match=r"train-1.tar: has 10752 bytes, but 10240 .*shards index --force"):
-        open_source(SourceConfig(recipe=str(recipe)), modalities=("text",))
+    with pytest.raises(ShardError, match=r"train-1.tar: has 10752 bytes, but 10240 when it was indexed"):
+        source.read(6)
 
 
 def test_a_shard_that_shrinks_or_goes_while_it_is_read_stops_with_its_name(tmp_path: Path) -> None:
     source = make_source(tmp_path)
+    source.read(0)
     os.truncate(tmp_path / "train-0.tar", 600)
     (tmp_path / "train-1.tar").unlink()
     with pytest.raises(ShardError, match=r"train-0.tar: ends before byte"):
@@ -128,13 +135,13 @@ def test_a_shard_that_shrinks_or_goes_while_it_is_read_stops_with_its_name(tmp_p
 
 
 def test_more_shards_than_open_files_are_read_right(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(source_module, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_files, "_MAX_OPEN_FILES", 2)
     recipe = write_data_set(tmp_path / "set", shard_sizes=(1,) * 5, modalities=["image"])
     source = open_source(SourceConfig(recipe=str(recipe)), modalities=("image",))
-    before = len(os.listdir("/dev/fd"))
     for number in (0, 1, 2, 0, 3, 4, 1, 0):
         assert source.read(number).members["image"][1] == picture_bytes(number)
-    assert len(os.listdir("/dev/fd")) <= before + 2
+    places = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert len([place for place in places if place.startswith(str(tmp_path)) and place.endswith(".tar")]) == 2
 
 
 def test_a_source_sent_to_another_process_opens_its_own_files(tmp_path: Path) -> None:
@@ -142,12 +149,12 @@ def test_a_source_sent_to_another_process_opens_its_own_files(tmp_path: Path) ->
     expected = source.read(0)
     sent = pickle.loads(pickle.dumps(source))  # noqa: S301  # our own bytes
     assert sent.read(0) == expected
-    assert set(sent._files.values()).isdisjoint(source._files.values())
+    assert set(sent.files._files.values()).isdisjoint(source.files._files.values())
 
 
 def test_the_index_hash_is_of_all_shards(tmp_path: Path) -> None:
     before = make_source(tmp_path).index_hash
     assert make_source(tmp_path).index_hash == before
     write_tar(tmp_path / "train-2.tar", {"d_1.jpg": b"x"})
-    list(index_shards([tmp_path / "train-2.tar"]))
+    index_folder(tmp_path)
     assert make_source(tmp_path).index_hash != before

@@ -69,7 +69,7 @@ def pair_embeddings(count: int = 11) -> Tensor:
 def contrastive_inputs(embeddings: dict[str, Tensor], batch: Batch) -> StepInputs:
     """Inputs for an objective that reads nothing but embeddings."""
     tokens = TokenBatch({}, {}, {}, len(batch.present))
-    return StepInputs(None, batch, Encoded(tokens, embeddings, torch.zeros(())), None)  # type: ignore[arg-type]
+    return StepInputs(None, batch, Encoded(tokens, embeddings), None)  # type: ignore[arg-type]
 
 
 def contrast_complete_pairs() -> Result:

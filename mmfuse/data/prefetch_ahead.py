@@ -1,0 +1,117 @@
+"""The prefetcher's view of the plan: which files are read now, which come next, and how many at one time."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from mmfuse.data.cache import FileUse, cache_name
+from mmfuse.data.plan import ShardUse
+from mmfuse.data.urls import show_url
+from mmfuse.errors import ConfigError
+
+_MIN_USES, _MAX_USES = 1024, 8192
+"""Read ahead until the next use of every shard is known, within these bounds."""
+
+
+class CachedShard(NamedTuple):
+    """A shard that is copied to the node before it is read."""
+
+    url: str
+    size: int
+    version: str
+    checksum: str | None = None
+
+
+class WorkingSet(NamedTuple):
+    """Files that must be there at one time."""
+
+    step: int
+    sizes: dict[str, int]
+    """Bytes by name."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def name_shards(shards: Mapping[tuple[int, int], CachedShard]) -> dict[tuple[int, int], str]:
+    """The name of every shard's copy.
+
+    Raises:
+        ConfigError: two URLs differ in their query alone and have no version: their copies could not be told apart.
+    """
+    names, urls = {}, {}
+    for key, shard in shards.items():
+        names[key] = cache_name(shard.url, shard.version)
+        if urls.setdefault(names[key], shard.url) != shard.url and not shard.version:
+            raise ConfigError(
+                f"{show_url(shard.url)}: is named with different queries, and its server tells no version; "
+                "name it once, or serve the shards under different paths"
+            )
+    return names
+
+
+class LookAhead:
+    """Uses of the plan that are not over, as far ahead as matters."""
+
+    def __init__(self, shards: Mapping[tuple[int, int], CachedShard], schedule: Iterator[ShardUse]) -> None:
+        """Reads the first uses."""
+        self._shards = shards
+        self._names = name_shards(shards)
+        self._num_files = len(set(self._names.values()))
+        first = next(schedule, None)
+        self._schedule = itertools.chain([first] if first else [], schedule)
+        self.step = first.first_step - 1 if first else -1
+        """The last step that all ranks have finished, or the one before the first."""
+        self.uses: list[FileUse] = []
+        """By first step."""
+        self.advance(self.step)
+
+    def advance(self, step: int) -> list[FileUse]:
+        """Goes on to a finished step; the uses that came into view."""
+        self.step = max(self.step, step)
+        self.uses = [use for use in self.uses if use.last_step >= self.step]
+        fresh = self._read()
+        self.uses += fresh
+        return fresh
+
+    def working_set(self) -> WorkingSet:
+        """The largest in view. A file is let go of one step after its last, when all ranks are past that."""
+        sizes = {use.name: use.size for use in self.uses}
+        events = [(use.first_step, 1, use.name) for use in self.uses]
+        events += [(use.last_step + 2, -1, use.name) for use in self.uses]
+        counts: Counter[str] = Counter()
+        held = most = 0
+        largest = WorkingSet(self.step + 1, {})
+        for step, group in itertools.groupby(sorted(events), key=lambda event: event[0]):
+            for _, change, name in group:
+                before, counts[name] = counts[name], counts[name] + change
+                held += sizes[name] * ((counts[name] > 0) - (before > 0))
+            if held > most:
+                most, largest = held, WorkingSet(step, {name: sizes[name] for name in +counts})
+        return largest
+
+    def step_after(self, num_bytes: int) -> int:
+        """The first step for which more than so many bytes must come that are not read now."""
+        seen: set[str] = set()
+        for use in self.uses:
+            if use.first_step > self.step + 1 and use.name not in seen:
+                seen.add(use.name)
+                num_bytes -= use.size
+                if num_bytes < 0:
+                    return use.first_step
+        return self.uses[-1].first_step if self.uses else self.step
+
+    def _read(self) -> list[FileUse]:
+        fresh: list[FileUse] = []
+        names = {use.name for use in self.uses}
+        for number, use in enumerate(self._schedule):
+            if name := self._names.get((use.source, use.shard)):  # other sources lie on local disks
+                fresh.append(FileUse(name, self._shards[use.source, use.shard].size, use.first_step, use.last_step))
+                names.add(name)
+            count = len(self.uses) + len(fresh)
+            enough = count >= _MIN_USES and len(names) == self._num_files
+            if use.first_step > self.step + 1 and (enough or max(count, number) >= _MAX_USES):
+                break
+        return fresh

@@ -1,0 +1,117 @@
+"""Open shards and their indexes: a few at a time, each checked against the manifest when it is opened."""
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmfuse.data.cache import cache_name
+from mmfuse.data.cache_read import open_cached
+from mmfuse.data.manifest import PartFacts, ShardFacts, index_path, local_version
+from mmfuse.data.recipe import Shard
+from mmfuse.data.shard_index import SUFFIX, ShardIndex
+from mmfuse.data.urls import is_remote, show_url
+from mmfuse.errors import DataError, ShardError
+
+_MAX_OPEN_FILES = 64
+_MAX_OPEN_INDEXES = 256
+
+
+class NodeCache(NamedTuple):
+    """The cache of this node as a reader sees it."""
+
+    folder: Path
+    owner: str
+    """The prefetcher that fills it for this run."""
+
+
+class ShardFiles:
+    """Bytes of members, by shard number; remote shards are read from the node's cache, where a prefetcher puts them."""
+
+    def __init__(self, shards: list[Shard], facts: list[ShardFacts], *, cache: NodeCache | None) -> None:
+        self.shards, self.facts, self.cache = shards, facts, cache
+        self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is open: file numbers mean others in a spawned worker."""
+        return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
+
+    def read(self, shard: int, part: int, offset: int, size: int) -> bytes:
+        """`size` bytes of one of a shard's tars.
+
+        Raises:
+            ShardError: the tar has changed since it was indexed.
+            DataError: it cannot be read, or fetched.
+        """
+        file = self._files.get((shard, part))
+        if file is None:
+            file = self._open_file(shard, part)
+        data = os.pread(file, size, offset)
+        if len(data) != size:
+            raise ShardError(f"{self.shards[shard].shown}: ends before byte {offset + size}: it has changed")
+        return data
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard.
+
+        Raises:
+            ShardError: it is damaged, or not the one that the manifest knows.
+        """
+        index = self._indexes.get(shard)
+        if index is None:
+            index = self._indexes[shard] = self._open_index(shard)
+            if len(self._indexes) > _MAX_OPEN_INDEXES:
+                self._indexes.popitem(last=False)[1].close()
+        return index
+
+    def _open_file(self, shard: int, part: int) -> int:
+        if len(self._files) >= _MAX_OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        url, facts = self.shards[shard].parts[part], self.facts[shard].parts[part]
+        if is_remote(url):
+            cache = self._cache_of(url)
+            file = open_cached(cache.folder, cache_name(url, facts.version), owner=cache.owner)
+        else:
+            check_unchanged(url, facts)
+            file = os.open(url, os.O_RDONLY)
+        self._files[shard, part] = file
+        return file
+
+    def _open_index(self, shard: int) -> ShardIndex:
+        place = self.shards[shard]
+        path = index_path(place.index_folder, place.name)
+        if place.is_remote and not path.is_file():
+            self._open_file(shard, 0)  # the prefetcher indexes what it fetches
+            name = cache_name(place.parts[0], self.facts[shard].parts[0].version)
+            path = self._cache_of(place.parts[0]).folder / f"{name}{SUFFIX}"
+        index = ShardIndex(path)
+        facts = self.facts[shard]
+        if not facts.skipped and index.header["content_hash"] != facts.content_hash:
+            raise ShardError(f"{place.shown}: {path} is not the index that its manifest knows; index the shard again")
+        return index
+
+    def _cache_of(self, url: str) -> NodeCache:
+        if self.cache is None:
+            raise DataError(f"{show_url(url)}: is remote, and nothing fetches it here")
+        return self.cache
+
+
+def check_unchanged(path: str, facts: PartFacts) -> None:
+    """Compares a local tar with what its manifest says.
+
+    Raises:
+        ShardError: its size or time of change differs.
+        DataError: it cannot be read.
+    """
+    try:
+        size, version = local_version(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more: {error.strerror}") from error
+    if size != facts.size:
+        what = f"has {size} bytes, but {facts.size} when it was indexed"
+    elif version != facts.version:
+        what = "has been written to since it was indexed"
+    else:
+        return
+    raise ShardError(f"{path}: {what}; if the change is meant, run: mmfuse shards index {os.path.dirname(path) or '.'}")
