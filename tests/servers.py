@@ -4,6 +4,7 @@ Debian: `apt-get install nginx-light libnginx-mod-http-lua`; the S3 server is th
 """
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -55,11 +56,18 @@ http {{
     location /whole/ {{ alias {files}/; max_ranges 0; }}
     location /whole_cut/ {{ alias {files}/; max_ranges 0; body_filter_by_lua_block {{ return cut_body(100000) }} }}
     location /cut/ {{ alias {files}/; body_filter_by_lua_block {{ return cut_body(100000) }} }}
+    location /flip/ {{
+      alias {files}/;
+      body_filter_by_lua_block {{
+        if ngx.ctx.flip == nil then ngx.ctx.flip = faulty() end
+        if ngx.ctx.flip and #ngx.arg[1] > 0 then ngx.arg[1] = "!" .. ngx.arg[1]:sub(2) end
+      }}
+    }}
     location /stall/ {{
       alias {files}/;
       rewrite_by_lua_block {{ if faulty() then ngx.var.rate = "1"; ngx.var.after = "100000" end }}
     }}
-    location /trickle/ {{ alias {files}/; limit_rate 5; }}
+    location /trickle/ {{ alias {files}/; limit_rate 5k; }}
     location /busy/ {{ alias {files}/; rewrite_by_lua_block {{ if faulty() then return ngx.exit(503) end }} }}
     location /limited/ {{
       alias {files}/;
@@ -141,6 +149,9 @@ class HttpServer:
 
     def asked(self, url: str) -> list[str]:
         """Range and status of every finished request for a URL, such as `bytes=0-9 206` or `- 404`."""
+        probe = http.client.HTTPConnection("127.0.0.1", self.process.port)
+        probe.request("GET", "/later/")  # its one worker has logged what it answered before this
+        probe.getresponse().read()
         path = re.sub(r"^http://[^/]*", "", url)
         lines = (self.process.folder / "access.log").read_text().splitlines()
         return [line.removeprefix(f"{path} ") for line in lines if line.startswith(f"{path} ")]

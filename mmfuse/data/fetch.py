@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FETCH = FetchConfig()
 _NO_SUCH_RANGE = 416
+_EMPTY = "is empty, so no tar"
 _READ_BYTES = 1 << 20
 _INDEX_AGAIN = "if the change is meant, run mmfuse shards index --force on it"
 
@@ -45,10 +46,12 @@ def stat_remote(url: str, *, config: FetchConfig = DEFAULT_FETCH) -> RemoteFile:
             with open_piece(url, start=0, end=1, deadline=deadline, config=config) as piece:
                 if piece.size is None:
                     raise RemoteError("the server does not say how large it is", passing=False)
+                if piece.size == 0:
+                    raise RemoteError(_EMPTY, passing=False)
                 return RemoteFile(url, piece.size, piece.version)
         except RemoteError as error:
             if error.status == _NO_SUCH_RANGE:
-                error.reason = "is empty, so no tar"
+                error.reason = _EMPTY
             raise
 
     return keep_trying(attempt, what=shown, deadline=deadline)

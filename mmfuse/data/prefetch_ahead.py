@@ -11,7 +11,9 @@ from mmfuse.data.urls import show_url
 from mmfuse.errors import ConfigError
 
 _MIN_USES, _MAX_USES = 1024, 8192
-"""Read ahead until the next use of every shard is known, within these bounds."""
+"""The plan is read ahead until the next use of every shard is known, within these bounds."""
+_FIRST_USES, _READ_USES = 2048, 256
+"""At the start, and then at a time: half a millisecond each."""
 
 
 class CachedShard(NamedTuple):
@@ -64,36 +66,36 @@ class LookAhead:
         self._schedule = itertools.chain([first] if first else [], schedule)
         self.step = first.first_step - 1 if first else -1
         """The last step that all ranks have finished, or the one before the first."""
+        self._seen_step = self.step
         self.uses: list[FileUse] = []
         """By first step."""
-        self.advance(self.step)
+        self._read(_FIRST_USES)
 
     def advance(self, step: int) -> list[FileUse]:
-        """Goes on to a finished step; the uses that came into view."""
-        self.step = max(self.step, step)
-        self.uses = [use for use in self.uses if use.last_step >= self.step]
-        fresh = self._read()
-        self.uses += fresh
-        return fresh
+        """Goes on to a finished step, if it is a later one; the uses that came into view."""
+        if step > self.step:
+            self.step = step
+            self.uses = [use for use in self.uses if use.last_step >= step]
+        return self._read(_READ_USES)
 
     def working_set(self) -> WorkingSet:
         """The largest in view. A file is let go of one step after its last, when all ranks are past that."""
         sizes = {use.name: use.size for use in self.uses}
-        events = [(use.first_step, 1, use.name) for use in self.uses]
-        events += [(use.last_step + 2, -1, use.name) for use in self.uses]
+        changes = [(use.first_step, 1, use.name) for use in self.uses]
+        changes += [(use.last_step + 2, -1, use.name) for use in self.uses]
         counts: Counter[str] = Counter()
-        held = most = 0
-        largest = WorkingSet(self.step + 1, {})
-        for step, group in itertools.groupby(sorted(events), key=lambda event: event[0]):
+        held, most, when = 0, 0, self.step + 1
+        for step, group in itertools.groupby(sorted(changes), key=lambda change: change[0]):
             for _, change, name in group:
                 before, counts[name] = counts[name], counts[name] + change
                 held += sizes[name] * ((counts[name] > 0) - (before > 0))
             if held > most:
-                most, largest = held, WorkingSet(step, {name: sizes[name] for name in +counts})
-        return largest
+                most, when = held, step
+        read_then = {use.name: use.size for use in self.uses if use.first_step <= when <= use.last_step + 1}
+        return WorkingSet(when, read_then)
 
     def step_after(self, num_bytes: int) -> int:
-        """The first step for which more than so many bytes must come that are not read now."""
+        """The first step for which more than so many bytes must come that are not read now; the last in view."""
         seen: set[str] = set()
         for use in self.uses:
             if use.first_step > self.step + 1 and use.name not in seen:
@@ -101,17 +103,24 @@ class LookAhead:
                 num_bytes -= use.size
                 if num_bytes < 0:
                     return use.first_step
-        return self.uses[-1].first_step if self.uses else self.step
+        return self._seen_step
 
-    def _read(self) -> list[FileUse]:
+    def _read(self, limit: int) -> list[FileUse]:
+        """Reads up to `limit` more uses where they matter; those of the next step always do."""
         fresh: list[FileUse] = []
         names = {use.name for use in self.uses}
-        for number, use in enumerate(self._schedule):
-            if name := self._names.get((use.source, use.shard)):  # other sources lie on local disks
-                fresh.append(FileUse(name, self._shards[use.source, use.shard].size, use.first_step, use.last_step))
-                names.add(name)
-            count = len(self.uses) + len(fresh)
-            enough = count >= _MIN_USES and len(names) == self._num_files
-            if use.first_step > self.step + 1 and (enough or max(count, number) >= _MAX_USES):
+        while self._seen_step <= self.step + 1 or (limit > 0 and not self._sees_enough(len(fresh), len(names))):
+            use = next(self._schedule, None)
+            if use is None:
                 break
+            limit, self._seen_step = limit - 1, use.first_step
+            name = self._names.get((use.source, use.shard))
+            if name is not None:  # other sources lie on local disks
+                names.add(name)
+                fresh.append(FileUse(name, self._shards[use.source, use.shard].size, use.first_step, use.last_step))
+        self.uses += fresh
         return fresh
+
+    def _sees_enough(self, num_fresh: int, num_files: int) -> bool:
+        count = len(self.uses) + num_fresh
+        return count >= _MAX_USES or (count >= _MIN_USES and num_files == self._num_files)

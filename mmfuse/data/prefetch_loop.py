@@ -148,9 +148,12 @@ class Feeder:
         """Does what has become possible since the last turn."""
         now = time.monotonic()
         changed = self._finish_downloads()
-        if now >= self._next_step and (step := self._progress.slowest()) > self._ahead.step:
-            self.cache.advance(step, self._ahead.advance(step))
-            self._next_step, changed = now + _STEP_SECONDS, True
+        if now >= self._next_step:
+            before, fresh = self._ahead.step, self._ahead.advance(self._progress.slowest())
+            if fresh or self._ahead.step > before:
+                self.cache.advance(self._ahead.step, fresh)
+                changed = True
+            self._next_step = now + _STEP_SECONDS
         if now >= self._next_beat:
             self.cache.keep_alive()
             self._next_beat, changed = now + _BEAT_SECONDS, True  # others may have made room
@@ -162,9 +165,9 @@ class Feeder:
         if needed > budget:
             raise ConfigError(
                 f"data.cache.budget_gib = {self.config.budget_gib:.4g} is too small: at step {step} this node reads "
-                f"{len(sizes)} shards at a time (its lanes x data.window_shards), and {len(sizes)} x "
-                f"{gib(needed / len(sizes))} = {gib(needed)} are needed; raise data.cache.budget_gib, lower "
-                "data.window_shards or data.lanes, use more nodes, or make smaller shards"
+                f"{len(sizes)} shards at a time (its lanes x data.window_shards; two windows while they change), and "
+                f"{len(sizes)} x {gib(needed / len(sizes))} = {gib(needed)} are needed; raise data.cache.budget_gib, "
+                "lower data.window_shards or data.lanes, use more nodes, or make smaller shards"
             )
 
     def _start_downloads(self) -> None:

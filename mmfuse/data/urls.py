@@ -99,7 +99,7 @@ def _problem(url: str) -> str | None:
         return "is a command, and nothing is run to read a shard"
     parts = _split(url)
     if parts is None:
-        return None
+        return "holds a zero byte" if "\0" in url else None
     if parts.scheme not in ("file", *_REMOTE):
         return "has a scheme that is not read"
     if "://" not in url[: len(parts.scheme) + 3]:
@@ -133,13 +133,13 @@ def find_shards(patterns: tuple[str, ...], *, folder: Path = Path()) -> list[str
     for pattern in patterns:
         check_url(pattern)
         for url in _find_remote(pattern) if is_remote(pattern) else _find_local(pattern, folder=folder):
-            if found.setdefault(show_url(url), url) != url:
+            if found.setdefault(show_url(url) if is_remote(url) else url, url) != url:
                 raise DataError(
                     f"{show_url(url)}: two URLs of it differ in their queries; a query is a secret and tells no shards "
                     "apart: name each shard once, or serve them under paths of their own"
                 )
     # Folder by folder as paths are, "a/x" before "a-b/x", so that data sets keep the order that they were trained in.
-    return sorted(found.values(), key=lambda url: (PurePosixPath(show_url(url)).parts, url))
+    return [found[shown] for shown in sorted(found, key=lambda shown: (PurePosixPath(shown).parts, shown))]
 
 
 def _find_local(pattern: str, *, folder: Path) -> Iterator[str]:

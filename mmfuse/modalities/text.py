@@ -32,8 +32,8 @@ class Config(ModalityConfig):
     """A vocabulary shipped in `modalities/vocabulary`, a local folder, or a hub id."""
     max_tokens: PositiveInt = 32
     """Longer captions are cut, [CLS] and [SEP] included."""
-    max_bytes: PositiveInt = 65_536
-    """The rest of a longer text is not even tokenized."""
+    max_bytes_per_token: PositiveInt = 32
+    """What lies behind this many bytes times `max_tokens` is not even tokenized: that costs 3 us a byte."""
     pretrained: str | None = None
     """Local folder or hub id of any `AutoModel` encoder; the sizes below are then its own."""
     vocab_size: PositiveInt = 8000
@@ -69,7 +69,7 @@ class TextProcessor:
 
     def __init__(self, config: Config) -> None:
         self.tokenizer = config.build_tokenizer()
-        self.max_tokens, self.max_bytes = config.max_tokens, config.max_bytes
+        self.max_tokens, self.max_bytes = config.max_tokens, config.max_tokens * config.max_bytes_per_token
         self.drop_probability = config.augment.drop_probability
 
     def __call__(self, data: bytes, *, seed: int | None) -> Features:
@@ -89,6 +89,7 @@ class TextProcessor:
         return {"input_ids": ids}
 
     def _decode(self, data: bytes) -> str:
+        data = data.lstrip()
         whole = len(data) <= self.max_bytes
         try:
             # Not `bytes.decode`: the cut may fall inside a character, whose first bytes are then left out.
@@ -96,7 +97,7 @@ class TextProcessor:
         except UnicodeDecodeError as error:
             raise SampleError(f"not UTF-8 text: {error}") from error
         if not text:
-            raise SampleError("the text is empty" if whole else f"the first {self.max_bytes} bytes are empty")
+            raise SampleError("the text is empty")
         return text
 
     def collate(self, features: list[Features]) -> Features:

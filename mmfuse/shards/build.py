@@ -108,11 +108,13 @@ def build_shards(
         recipe_file = destination / f"{config.name}.yaml"
         names = [task.shard for task in _plan_tasks(output.scratch, plan)]
         tasks = _plan_tasks(output.scratch, output.settle_plan(plan, files=[*names, recipe_file.name], free=_FREE))
-        output.start_problems(problems)
         work = functools.partial(write_shard, scratch=output.scratch, folder=destination)
-        for after in output.finish_shards(work, tasks, progress=progress, jobs=jobs):
-            _check_problems(after, config=config, told=f"all are in {output.problems_file}")
-            yield (progress := after)
+        try:
+            for after in output.finish_shards(work, tasks, progress=progress, jobs=jobs):
+                _check_problems(after, config=config, told=f"all so far are in {output.problems_file}")
+                yield (progress := after)
+        finally:
+            output.write_problems(problems)
         records = output.read_records()
         if progress.samples + progress.left_out != progress.rows or not all(task.shard in records for task in tasks):
             raise DataError(f"{destination}: rows were lost: something else writes here; run the same command again")
@@ -151,7 +153,7 @@ def _check_problems(progress: Progress, *, config: BuildConfig, told: str) -> No
 
 
 def _tell_first(problems: list[Problem]) -> str:
-    told = [f"row {p.row} {p.column} {p.path}: {p.reason}".replace("  ", " ") for p in problems[:3]]
+    told = [" ".join(filter(None, (f"row {p.row}", p.column, p.path))) + f": {p.reason}" for p in problems[:3]]
     return "; ".join(told) + (" ..." if len(problems) > len(told) else "")
 
 

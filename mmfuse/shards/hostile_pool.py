@@ -20,7 +20,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from mmfuse.errors import DataError
+from mmfuse.errors import DataError, MmfuseError
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -63,7 +63,7 @@ def run_jobs(
 
     Raises:
         DataError: processes die again and again before they take up an item.
-        RuntimeError: `work` raised; with its traceback.
+        MmfuseError: as `work` raised it; RuntimeError with its traceback for all else that it raises.
     """
     crew = _Crew(work, item_seconds=item_seconds, preload=preload)
     numbered = enumerate(jobs)
@@ -153,7 +153,7 @@ class _Crew(Generic[J, R]):
                 self._bury(worker)
                 continue
             if error:
-                raise RuntimeError(f"a worker process failed:\n{error}")
+                raise error
             worker.task = None
             done.append((task.number, Outcome(task.job, result, tuple(sorted(task.lost)))))
         for worker in self.workers:
@@ -228,9 +228,11 @@ def _serve(connection: Connection, cell: Array[c_longlong], work: Work[J, R]) ->
         except EOFError:
             return
         try:
-            answer = work(job, skip, mark), ""
+            answer = work(job, skip, mark), None
+        except MmfuseError as error:
+            answer = None, error
         except Exception:
-            answer = None, traceback.format_exc()
+            answer = None, RuntimeError(f"a process failed:\n{traceback.format_exc()}")
         cell[0] = NOTHING
         connection.send(answer)
 

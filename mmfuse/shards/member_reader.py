@@ -35,7 +35,7 @@ class MemberReader:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        self.index = ShardIndex(index_path(shard.index_folder, shard.name))
+        self.index = open_index(shard)
         self._files: list[int] = []
         try:
             self._files += [os.open(path, os.O_RDONLY) for path in local_parts(shard)]
@@ -100,6 +100,18 @@ class _Window(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+def open_index(shard: Shard) -> ShardIndex:
+    """The index of a shard, whose tars may lie elsewhere.
+
+    Raises:
+        ShardError: there is none, or it is damaged.
+    """
+    path = index_path(shard.index_folder, shard.name)
+    if not path.is_file():
+        raise ShardError(f"{shard.shown}: is not indexed, or was found damaged then; run: mmfuse shards index")
+    return ShardIndex(path)
 
 
 def local_parts(shard: Shard) -> list[Path]:

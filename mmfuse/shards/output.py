@@ -24,7 +24,7 @@ from mmfuse.errors import ConfigError, DataError, ShardError
 from mmfuse.files import write_text
 from mmfuse.shards.rows import Problem
 from mmfuse.shards.workers import run_tasks
-from mmfuse.shards.write import ShardRecord
+from mmfuse.shards.write import ShardRecord, is_mended
 
 logger = logging.getLogger(__name__)
 
@@ -111,42 +111,36 @@ class OutputFolder:
             raise ConfigError(f"{self.plan_file}: not readable: {error}; choose another folder") from error
         return validate(plan, raw, source=str(self.plan_file))
 
-    def start_problems(self, problems: Iterable[Problem]) -> None:
-        """A list of problems that begins with these."""
-        self.problems_file.write_bytes(b"")
-        self._add_problems(problems, shard=None)
-
-    def _add_problems(self, problems: Iterable[Problem], *, shard: str | None) -> None:
-        with open(self.problems_file, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(problem._asdict() | {"shard": shard}) + "\n" for problem in problems)
-
     def finish_shards(
         self, work: Callable[[Task], ShardRecord], tasks: Sequence[Task], *, progress: Progress, jobs: int
     ) -> Iterator[Progress]:
-        """Does the tasks whose shards are not finished; the first value counts those that are."""
-        records = self.read_records()
+        """Does the tasks whose shards are not finished, or lack files that can be read now; first counts the others."""
+        finished = self.read_records().items()
+        records = {shard: record for shard, record in finished if not any(map(is_mended, record.problems))}
         progress = progress._replace(shards=len(tasks))
         for task in tasks:
             if task.shard in records:
                 progress = progress.after(records[task.shard])
-                self._add_problems(records[task.shard].problems, shard=task.shard)
         yield progress
         for record in run_tasks(work, [task for task in tasks if task.shard not in records], jobs=jobs):
-            self._add_record(record)
-            self._add_problems(record.problems, shard=record.shard)
+            self._records.seek(0, os.SEEK_END)
+            self._records.write(json.dumps(record._asdict()).encode() + b"\n")
+            self._records.flush()
             progress = progress.after(record)
             yield progress
+
+    def write_problems(self, problems: Iterable[Problem]) -> None:
+        """Tells what was left out before shards were written, and then in each finished shard, in their order."""
+        records = self.read_records()
+        by_shard = ((None, problems), *((shard, records[shard].problems) for shard in sorted(records)))
+        lines = (json.dumps(problem._asdict() | {"shard": shard}) for shard, told in by_shard for problem in told)
+        write_text(self.problems_file, "".join(line + "\n" for line in lines))
 
     def read_records(self) -> dict[str, ShardRecord]:
         """Finished shards by name, those whose tar and index are still there as they were written."""
         self._records.seek(0)
         found = (_parse_record(line) for line in self._records)
         return {record.shard: record for record in found if _is_finished(self.folder / record.shard, record)}
-
-    def _add_record(self, record: ShardRecord) -> None:
-        self._records.seek(0, os.SEEK_END)
-        self._records.write(json.dumps(record._asdict()).encode() + b"\n")
-        self._records.flush()
 
 
 def _differences(first: Settings, plan: Settings, *, free: tuple[str, ...]) -> list[str]:

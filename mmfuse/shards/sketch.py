@@ -114,7 +114,9 @@ class Distinct:
     """How many different texts: exact up to 65,536, beyond within about 1% (K minimum values, Bar-Yossef 2002)."""
 
     def __init__(self) -> None:
-        self.smallest_hashes = np.zeros(0, np.uint64)
+        self._smallest = np.zeros(0, np.uint64)
+        self._added: list[np.ndarray] = []
+        """Hashes that wait: to sort for every few would take longer than to read them."""
 
     def add(self, texts: list[bytes]) -> None:
         """Counts texts."""
@@ -122,17 +124,29 @@ class Distinct:
 
     def merge(self, other: "Distinct") -> None:
         """Counts what another has counted."""
-        self._keep(other.smallest_hashes)
+        self._keep(other.hashes())
 
     def _keep(self, hashes: np.ndarray) -> None:
-        self.smallest_hashes = np.union1d(self.smallest_hashes, hashes)[:_MOST_DIFFERENT]
+        if len(self._smallest) == _MOST_DIFFERENT:
+            hashes = hashes[hashes < self._smallest[-1]]
+        self._added.append(hashes)
+        if sum(map(len, self._added)) > _MOST_DIFFERENT:
+            self.hashes()
+
+    def hashes(self) -> np.ndarray:
+        """The smallest hashes, ascending."""
+        if self._added:
+            self._smallest = np.unique(np.concatenate([self._smallest, *self._added]))[:_MOST_DIFFERENT]
+            self._added.clear()
+        return self._smallest
 
     @property
     def count(self) -> int:
         """How many different texts were added."""
-        if len(self.smallest_hashes) < _MOST_DIFFERENT:
-            return len(self.smallest_hashes)
-        return round((_MOST_DIFFERENT - 1) / (float(self.smallest_hashes[-1]) / 2.0**64))
+        hashes = self.hashes()
+        if len(hashes) < _MOST_DIFFERENT:
+            return len(hashes)
+        return round((_MOST_DIFFERENT - 1) / (float(hashes[-1]) / 2.0**64))
 
 
 class Common:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ Outcome = TypeVar("Outcome")
 
 
 def run_tasks(work: Callable[[Task], Outcome], tasks: Sequence[Task], *, jobs: int) -> Iterator[Outcome]:
-    """The outcome of each task in their order; `work` and tasks are pickled where there is more than one process.
+    """The outcome of each task as they are done; `work` and tasks are pickled where there is more than one process.
 
     Raises:
         DataError: a process died, or whatever `work` raises; tasks that have begun are finished first.
@@ -30,7 +30,7 @@ def run_tasks(work: Callable[[Task], Outcome], tasks: Sequence[Task], *, jobs: i
     )  # a fork copies locks that another thread holds, and never frees them
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         try:
-            yield from pool.map(work, tasks)
+            yield from (done.result() for done in as_completed([pool.submit(work, task) for task in tasks]))
         except BrokenProcessPool as error:
             raise DataError(
                 "a process ended in the middle of its work, perhaps for want of memory; "

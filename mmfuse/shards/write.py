@@ -100,18 +100,28 @@ def read_file(path: str) -> bytes:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer for ever
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise SampleError("is not a file")
+            if not 0 < status.st_size <= _MAX_MEMBER_BYTES:
+                raise SampleError(f"has {status.st_size:,} bytes, too many" if status.st_size else "is empty")
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         raise _blame(path, error) from error
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SampleError("is not a file")
-        if not 0 < status.st_size <= _MAX_MEMBER_BYTES:
-            raise SampleError("is empty" if not status.st_size else f"has {status.st_size:,} bytes, too many")
-        try:
-            return file.read()
-        except OSError as error:
-            raise _blame(path, error) from error
+
+
+def is_mended(problem: Problem) -> bool:
+    """Whether the file that was left out looks as if it could be read now."""
+    try:
+        status = os.stat(problem.path)
+    except (OSError, ValueError):
+        return False
+    fits = stat.S_ISREG(status.st_mode) and 0 < status.st_size <= _MAX_MEMBER_BYTES
+    return fits and os.access(problem.path, os.R_OK)
 
 
 def _blame(path: str, error: OSError | ValueError) -> SampleError | DataError:

@@ -1,13 +1,16 @@
 """Two processes under every strategy: the same curve as one process, also after a SIGKILL."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from distributed.launches import (
+    TOLERANCE,
+    ZERO2,
+    ZERO3,
     finish,
     kill_after_step,
+    needs_compiler,
     read_losses,
     read_modalities,
     read_samples,
@@ -17,10 +20,6 @@ from distributed.launches import (
 )
 
 STEPS = 20
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed on CPU compiles a library with g++")
-ZERO2, ZERO3 = (pytest.param(name, marks=needs_compiler) for name in ("zero2", "zero3"))
-TOLERANCE = 2e-6
-"""Relative, fp32, over 20 steps with every objective: sums in another order, fed back through Adam."""
 
 
 @pytest.fixture(scope="module")

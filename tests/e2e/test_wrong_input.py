@@ -10,10 +10,11 @@ import pytest
 from helpers import picture_bytes, sample_members, write_data_set, write_tar, write_tiny_run
 
 from mmfuse import cli
-from mmfuse.errors import CheckpointError, ConfigError, ShardError
+from mmfuse.errors import CheckpointError, ConfigError, ShardError, TrainingError
 from mmfuse.train.run import load_run
 
 SETTINGS, DATA, CHECKPOINT = ConfigError.exit_code, ShardError.exit_code, CheckpointError.exit_code
+TRAINING = TrainingError.exit_code
 
 
 class Command:
@@ -238,6 +239,27 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_kept(
     mmfuse("shards", "index", "--force", tmp_path / "set", fails=0, says=())
     mmfuse("train", run, fails=CHECKPOINT, says=("belongs to another run", "data: sources has changed"))
     assert files_in(tmp_path) == before
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused_with_both_numbers_and_kept(
+    mmfuse: Command, tmp_path: Path, run: Path, fresh_accelerator: None
+) -> None:
+    mmfuse("train", run, fails=0, says=())
+    before = files_in(tmp_path)
+    shorter = ("--set", "train.steps=1", "--set", "optimizer.warmup_steps=0")
+    says = ("step_00000002 belongs to", "train.steps: it has done 2 steps, this run ends after 1", "another name")
+    mmfuse("train", run, *shorter, fails=CHECKPOINT, says=says)
+    assert files_in(tmp_path) == before
+    mmfuse("train", run, fails=0, says=())  # one that is just done is not
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_the_run_and_leaves_the_checkpoint_before(
+    mmfuse: Command, tmp_path: Path, run: Path, fresh_accelerator: None
+) -> None:
+    settings = ("--set", "optimizer.encoder_learning_rate=1e9", "--set", "train.checkpoint_every=1")
+    says = ("loss is nan at step 2", "Lower the learning rate, raise optimizer.warmup_steps")
+    mmfuse("train", run, *settings, fails=TRAINING, says=says)
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step_00000001"]
 
 
 def test_evaluating_what_is_no_checkpoint_or_a_damaged_one_is_refused(

@@ -1,12 +1,14 @@
 """The plan: every sample once an epoch, whatever the world; no state; refusals and identity."""
 
+import tracemalloc
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mmfuse.data.blend import WeightSegment
 from mmfuse.data.loader import training_requests
 from mmfuse.data.plan import DataPlan, PlannedSource
 from mmfuse.errors import ConfigError
@@ -166,3 +168,57 @@ def test_epochs_count_what_was_dealt() -> None:
     dealt = rows_of(plan, 0, 50)
     expected = [np.sum(dealt[:, 0] == source) / total for source, total in enumerate((48, 13))]
     assert plan.epochs(50).tolist() == pytest.approx(expected)
+
+
+def test_weights_that_change_in_mid_run_leave_what_was_dealt_and_deal_the_rest_once() -> None:
+    shards = ([40, 25, 9], SHARDS["windows"])
+    before = make_plan(*shards, weights=(1.0, 3.0))
+    after = make_plan(*shards, segments=[WeightSegment(0, (1.0, 3.0)), WeightSegment(50, (4.0, 1.0))])
+    assert (rows_of(after, 0, 50) == rows_of(before, 0, 50)).all()
+    dealt = rows_of(after, 0, 200)
+    assert set(Counter(map(tuple, dealt.tolist())).values()) == {1}
+    later = dealt[50 * 24 :, 0]
+    assert np.mean(later == 0) == pytest.approx(0.8, abs=0.01)
+    expected = [np.sum(dealt[:, 0] == source) / sum(counts) for source, counts in enumerate(shards)]
+    assert after.epochs(200).tolist() == pytest.approx(expected)
+    assert (make_plan(*shards, segments=after.segments).rows(133, 3, 9) == after.rows(133, 3, 9)).all()
+
+
+@pytest.mark.parametrize("rows", [[range(24)], [range(5, 11)], [range(2), range(12, 14)]], ids=["all", "few", "parts"])
+@pytest.mark.parametrize("start", [0, 7, 90])
+def test_shard_uses_cover_what_is_read_and_little_else(rows: list[range], start: int) -> None:
+    segments = [WeightSegment(0, (1.0, 3.0, 1.0)), WeightSegment(60, (2.0, 1.0, 1.0))]
+    bucketed = np.stack([np.array(SHARDS["windows"]), np.array(SHARDS["windows"])[::-1]])
+    sources = [
+        PlannedSource("few", np.array([[4, 2], [3, 5]]), 1.0, ""),
+        PlannedSource("many", bucketed, 1.0, ""),
+        PlannedSource("holes", np.array([[9, 0, 7, 0, 12, 8] * 5] * 2), 1.0, ""),
+    ]
+    plan = DataPlan(sources, seed=5, global_batch=24, lanes=12, window_shards=2, segments=segments)
+    stop, read = start + 50, set()
+    for step in range(start, stop):
+        for source, number, _ in np.concatenate([plan.rows(step, part.start, part.stop) for part in rows]).tolist():
+            bucket, source = divmod(source, 3)
+            shard = int(np.searchsorted(np.cumsum(sources[source].counts[bucket]), number, side="right"))
+            read.add((step, source, shard))
+    uses = list(takewhile(lambda use: use.first_step < stop, plan.shard_uses(start, rows=rows)))
+    assert [use.first_step for use in uses] == sorted(use.first_step for use in uses)
+    used = {(s, use.source, use.shard) for use in uses for s in range(use.first_step, min(use.last_step + 1, stop))}
+    assert read <= used
+    assert all(any((step, use.source, use.shard) in read for step in range(start, stop)) for use in uses[:20])
+
+
+def test_lanes_and_seed_and_buckets_are_in_the_identity() -> None:
+    counts = np.array([[4, 2], [3, 5]])
+    bucketed = DataPlan([PlannedSource("a", counts, 1.0, "")], seed=0, global_batch=4).identity()
+    plain = DataPlan([PlannedSource("a", counts.sum(0), 1.0, "")], seed=0, global_batch=4).identity()
+    assert bucketed != plain
+
+
+def test_a_plan_of_a_billion_samples_holds_no_number_for_each() -> None:
+    plan = make_plan([100_000] * 10_000, global_batch=4096, window_shards=8)
+    tracemalloc.start()
+    for step in (0, 10**6, 10**6 + 1):
+        plan.rows(step, 0, 4096)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()

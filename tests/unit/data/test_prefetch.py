@@ -173,7 +173,7 @@ def test_a_cache_smaller_than_what_is_read_at_one_time_is_refused_with_the_formu
     uses = [*one_a_step(0, 1), *(ShardUse(5, 9, 0, shard) for shard in range(4))]
     formula = (
         r"data\.cache\.budget_gib = 0\.0002794 is too small: at step 5 this node reads 4 shards at a time "
-        r"\(its lanes x data\.window_shards\), and 4 x 9\.313e-05 GiB = 0\.0003725 GiB are needed; raise data\.cache\.b"
+        r"\(its lanes x data\.window_shards; .*\), and 4 x 9\.313e-05 GiB = 0\.0003725 GiB are needed; raise data\.cache"
     )
     with pytest.raises(ConfigError, match=formula):
         make(tmp_path, shards_at(bucket), uses, room=3).start()
@@ -275,16 +275,3 @@ def test_a_worker_is_told_why_its_shard_does_not_come(
             read(prefetcher, shard)
         prefetcher.check()
     assert "s3cr3t" not in str(error.value) and time.monotonic() - started < 15
-
-
-def test_a_full_disk_is_said_in_plain_words(tmp_path: Path, bucket: Bucket) -> None:
-    shards = shards_at(bucket)
-    prefetcher = make(tmp_path, shards, one_a_step(0))
-    (tmp_path / "cache").mkdir()
-    name = cache_name(shards[0, 0].url, shards[0, 0].version)
-    temporary_of(tmp_path / "cache", name, prefetcher.owner).symlink_to("/dev/full")
-    with (
-        prefetcher,
-        pytest.raises(DataError, match=r"00000\.tar: no space left on the disk of .*cache: .* lower the budget"),
-    ):
-        read(prefetcher, shards[0, 0])

@@ -59,6 +59,20 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("keep", [1, 9])
+def test_saving_removes_checkpoints_of_later_steps_whole_or_not_and_never_the_one_just_saved(
+    tmp_path: Path, keep: int
+) -> None:
+    for step in (1, 5, 6):
+        save(tmp_path, step)
+    (tmp_path / "step_00000006" / MANIFEST).unlink()
+    (tmp_path / "step_00000005.evaluation").mkdir()
+    save(tmp_path, 2, keep=keep)
+    kept = ["step_00000002"] if keep == 1 else ["step_00000001", "step_00000002"]
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "step_00000005.evaluation"]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step_00000001/extra").write_text("from before")
