@@ -1,5 +1,6 @@
 """The plan: every sample once an epoch, whatever the world; no state; refusals and identity."""
 
+import json
 import tracemalloc
 from collections import Counter
 from itertools import pairwise, takewhile
@@ -30,7 +31,8 @@ def make_plan(*shards: list[int], weights: tuple[float, ...] = (), **changes: An
 
 
 def rows_of(plan: DataPlan, start: int, stop: int) -> np.ndarray:
-    return np.concatenate([plan.rows(step, 0, plan.global_batch) for step in range(start, stop)])
+    positions, steps = np.arange(plan.global_batch), np.arange(start, stop)
+    return plan.locate(np.repeat(steps, len(positions)), np.tile(positions, len(steps)))
 
 
 @pytest.mark.parametrize("lanes", [1, 8, 24])
@@ -161,6 +163,14 @@ def test_the_identity_changes_with_all_that_the_order_depends_on() -> None:
         identity(a, b._replace(name="c")),
     ]
     assert all(other != same for other in others)
+
+
+def test_the_state_of_twenty_sources_is_a_few_kilobytes() -> None:
+    sources = [
+        PlannedSource(f"a_long_name_of_a_data_set_{i}/train", np.array([9]), 0.1 + i, "f" * 16) for i in range(20)
+    ]
+    plan = DataPlan(sources, seed=2**63, global_batch=32_768)
+    assert len(json.dumps({"step": 10**9, **plan.identity(), "weights": plan.segments})) <= 4096
 
 
 def test_epochs_count_what_was_dealt() -> None:
