@@ -41,9 +41,7 @@ def global_batches(
             "ids": [number for batch in step for number in batch.sample_id.tolist()],
             "present": [row for batch in step for row in batch.present.tolist()],
             "faults": [fault for batch in step for fault in batch.faults],
-"seeds": sorted(seed for batch in step for seed in seeds_of(batch)),
-                seed for batch in step for part in batch.inputs.values() for seed in part.inputs["seed"].tolist()
-            ),
+            "seeds": sorted(seed for batch in step for seed in seeds_of(batch)),
         }
         for step in zip(*ranks, strict=True)
     ]
