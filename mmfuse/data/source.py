@@ -1,5 +1,6 @@
 """A source: one split of one recipe, opened for reading by sample number."""
 
+import bisect
 import itertools
 import re
 from functools import cached_property
@@ -14,6 +15,7 @@ from mmfuse.data.captions import order_by_weight
 from mmfuse.data.manifest import ShardFacts, read_manifest
 from mmfuse.data.recipe import MemberRule, Recipe, Shard, find_split
 from mmfuse.data.shard_files import NodeCache, ShardFiles, check_unchanged
+from mmfuse.data.shard_index import ShardIndex, Span
 from mmfuse.data.urls import is_remote
 from mmfuse.errors import ConfigError, DataError
 from mmfuse.hashing import hash_int
@@ -65,10 +67,11 @@ class Source:
         self.counts = np.array([facts.samples for facts in self.facts], dtype=np.int64)
         self._check_counts(expected=recipe.splits[split].samples)
         self._shown = [shard.shown for shard in self.shards]
+        self._modalities = tuple(self.rules)
         self._choices = tuple(tuple(rule.extensions) for rule in self.rules.values())
         self._weights = {m: rule.extensions for m, rule in self.rules.items() if isinstance(rule.extensions, dict)}
         self._selected: dict[tuple[int, int], np.ndarray] = {}
-        self._ends = np.cumsum(self.counts_by_bucket, axis=1)
+        self._ends: list[list[int]] = np.cumsum(self.counts_by_bucket, axis=1).tolist()
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -123,21 +126,30 @@ class Source:
         shard, inside = self.locate(number, bucket=bucket)
         index = self.files.index(shard)
         key, spans = index.spans(inside, self._choices)
-        members = {}
-        for modality, span in zip(self.rules, spans, strict=True):
-            if span is None:
-                continue
-            if seed is not None and modality in self._weights:
+        if seed is not None and self._weights:
+            self._draw_extensions(index, inside, spans, seed=seed)
+        found = [span for span in spans if span is not None]
+        data = iter(self.files.read(shard, found))
+        members = {
+            modality: (span.extension, next(data))
+            for modality, span in zip(self._modalities, spans, strict=True)
+            if span
+        }
+        group = self._group_of(shard, key) if self.group_pattern else None
+        return RawSample(self._shown[shard], key, group, members)
+
+    def _draw_extensions(self, index: ShardIndex, inside: int, spans: list[Span | None], *, seed: int) -> None:
+        """Replaces the first extensions that a sample has by drawn ones, where a rule weighs them."""
+        for place, modality in enumerate(self._modalities):
+            if modality in self._weights:
                 drawn = order_by_weight(self._weights[modality], seed=hash_int(seed, modality))
-                span = index.spans(inside, (drawn,))[1][0] or span
-            members[modality] = (span.extension, self.files.read(shard, span.part, span.offset, span.size))
-        return RawSample(self._shown[shard], key, self._group_of(shard, key), members)
+                spans[place] = index.spans(inside, (drawn,))[1][0]
 
     def locate(self, number: int, *, bucket: int = 0) -> tuple[int, int]:
         """A sample's shard, and its number in the shard's index."""
         ends = self._ends[bucket]
-        shard = int(ends.searchsorted(number, side="right"))
-        inside = number - int(ends[shard - 1]) if shard else number
+        shard = bisect.bisect_right(ends, number)
+        inside = number - ends[shard - 1] if shard else number
         if self.buckets is None and not self.facts[shard].skipped:
             return shard, inside
         return shard, int(self._numbers(bucket, shard)[inside])
@@ -160,9 +172,8 @@ class Source:
         rule = self.rules.get(self.buckets.modality)
         return tuple(rule.extensions) if rule else ()
 
-    def _group_of(self, shard: int, key: str) -> str | None:
-        if self.group_pattern is None:
-            return None
+    def _group_of(self, shard: int, key: str) -> str:
+        assert self.group_pattern is not None
         found = self.group_pattern.search(key)
         if found is None:
             raise DataError(f"{self._shown[shard]}: group_pattern {self.group_pattern.pattern!r} is not in key {key!r}")

@@ -158,3 +158,30 @@ def test_the_index_hash_is_of_all_shards(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-2.tar", {"d_1.jpg": b"x"})
     index_folder(tmp_path)
     assert make_source(tmp_path).index_hash != before
+
+
+def test_weighted_extensions_are_drawn_among_those_that_a_sample_has(tmp_path: Path) -> None:
+    members = {"1.txt": b"short", "1.long.txt": b"long", "1.other.txt": b"unread", "2.long.txt": b"only"}
+    write_tar(tmp_path / "train-0.tar", members)
+    index_folder(tmp_path)
+    rule = {"text": {"extensions": {"missing.txt": 9, "txt": 1, "long.txt": 3}}}
+    recipe = {"name": "made", "members": rule, "splits": {"train": {"shards": ["train-0.tar"]}}}
+    source = open_source(SourceConfig(recipe=str(write_yaml(tmp_path / "r.yaml", recipe))), modalities=("text",))
+    drawn = [source.read(0, seed=seed).members["text"] for seed in range(1000)]
+    assert set(drawn) == {("txt", b"short"), ("long.txt", b"long")}
+    assert drawn.count(("long.txt", b"long")) == pytest.approx(750, abs=50)
+    assert source.read(0).members["text"] == ("txt", b"short")
+    assert source.read(1, seed=5).members["text"] == ("long.txt", b"only")
+
+
+def test_members_near_each_other_and_far_apart_have_their_own_bytes(tmp_path: Path) -> None:
+    far = {"1.jpg": b"a" * 100, "1.json": bytes(100_000), "1.txt": b"b" * 7, "2.txt": b"", "2.jpg": b"c" * 9}
+    write_tar(tmp_path / "train-0.tar", far)
+    index_folder(tmp_path)
+    recipe = {"name": "made", "splits": {"train": {"shards": ["train-0.tar"]}}}
+    place = write_yaml(tmp_path / "r.yaml", recipe)
+    source = open_source(SourceConfig(recipe=str(place)), modalities=("text", "image"))
+    assert [source.read(n).members for n in (0, 1)] == [
+        {"image": ("jpg", far["1.jpg"]), "text": ("txt", far["1.txt"])},
+        {"image": ("jpg", far["2.jpg"]), "text": ("txt", b"")},
+    ]
