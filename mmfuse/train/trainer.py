@@ -32,6 +32,9 @@ def train(run: RunConfig) -> Path:
     set_up_logging(rank=engine.rank)
     run.check_world_size(engine.world_size)
     data, evaluator = TrainingData(run), Evaluator(run)
+    if engine.rank == 0:  # once a run: a rank looks at each shard again when it opens it
+        for source in (*data.sources, *evaluator.sources.values()):
+            source.check_shards()
     task = Task(run.model, run.objective_configs, seed=run.seed)
     _describe_start(run, engine, data, task)
 
