@@ -1,10 +1,11 @@
 """Delivers one epoch of one system in this process and prints what it cost as JSON.
 
-    python -m benchmarks.loader_child SYSTEM raw|decode NUM_WORKERS measure|verify FOLDER [FOLDER ...]
+python -m benchmarks.loader_child SYSTEM raw|decode NUM_WORKERS measure|verify FOLDER [FOLDER ...]
 """
 
 import gc
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def measure(system: str, job: Job) -> dict[str, float]:
         count += len(columns[0])
         size += sum(map(size_of, columns))
     del loader
-    gc.collect()  # joins the workers: only then the operating system counts them
+    gc.collect()
+    for worker in multiprocessing.active_children():
+        worker.join()  # only then the operating system counts its time
     cost = read_clock().since(opened)
     opening = opened.since(begin)
     return {"samples": count, "size": size, "cpu": cost.cpu_seconds, "wall": cost.wall_seconds} | {

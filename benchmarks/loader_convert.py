@@ -1,6 +1,6 @@
 """Writes one set of tars in a peer's own format; run by the interpreter that has the peers.
 
-    python -m benchmarks.loader_convert streaming|litdata FOLDER_OF_TARS
+python -m benchmarks.loader_convert streaming|litdata FOLDER_OF_TARS
 """
 
 import sys

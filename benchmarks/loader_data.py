@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ import xxhash
 from PIL import Image, ImageDraw
 
 from benchmarks.measure import DEFAULT_DATA, REPOSITORY, run_child
-from mmfuse.data.shard_index import build_index
 
 SETS = {"pairs": ("jpg", "txt", "json"), "triples": ("jpg", "txt", "flac")}
 SAMPLES = {"pairs": 8192, "triples": 2560}
@@ -81,7 +81,7 @@ def digest_sample(members: list[bytes]) -> int:
 
 
 def write_set(name: str, folder: Path) -> None:
-    """Tars, their indexes, and `manifest.json` with the count, the bytes and the checksum."""
+    """Tars, and `manifest.json` with the count, the bytes and the checksum."""
     folder.mkdir(parents=True)
     per_shard = SAMPLES[name] // NUM_SHARDS
     samples = make_samples(name)
@@ -97,7 +97,6 @@ def write_set(name: str, folder: Path) -> None:
                     tar.addfile(member, io.BytesIO(data))
                 total_bytes += sum(map(len, members.values()))
                 checksum = (checksum + digest_sample(list(members.values()))) % 2**64
-        build_index(path, path.with_name(path.name + ".mmindex"))
     manifest = {"samples": SAMPLES[name], "bytes": total_bytes, "checksum": checksum, "extensions": SETS[name]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -109,24 +108,30 @@ def prepare_energon(folder: Path, *, peers_python: str) -> None:
     subprocess.run([*command, "--sample-type", "CrudeWebdataset"], check=True, capture_output=True)
 
 
+def make_all(data: Path, *, peers_python: str) -> None:
+    """Makes what is not there yet."""
+    for name in SETS:
+        folder = data / name
+        if not (folder / "manifest.json").is_file():
+            write_set(name, folder)
+        subprocess.run(
+            [Path(sys.executable).with_name("mmfuse"), "shards", "index", folder], cwd=REPOSITORY, check=True
+        )
+        if not (folder / ".nv-meta").is_dir():
+            prepare_energon(folder, peers_python=peers_python)
+        for system in ("streaming", "litdata"):
+            if not (data / f"{name}.{system}").is_dir():
+                run_child(peers_python, "benchmarks.loader_convert", system, str(folder))
+
+
 def main() -> None:
     """Makes what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--peers-python", default=str(DEFAULT_DATA / "peers" / "bin" / "python"))
     arguments = parser.parse_args()
-    for name in SETS:
-        folder = arguments.data / name
-        if not (folder / "manifest.json").is_file():
-            write_set(name, folder)
-        if not (folder / ".nv-meta").is_dir():
-            prepare_energon(folder, peers_python=arguments.peers_python)
-        for system in ("streaming", "litdata"):
-            if not (arguments.data / f"{name}.{system}").is_dir():
-                run_child(arguments.peers_python, "benchmarks.loader_convert", system, str(folder))
-        print(f"{folder}: {json.loads((folder / 'manifest.json').read_text())}")
+    make_all(arguments.data, peers_python=arguments.peers_python)
 
 
 if __name__ == "__main__":
-    assert REPOSITORY.is_dir()
     main()

@@ -1,9 +1,9 @@
 """One function per data loader: batches of 64 samples, shuffled, from the same tars or what was made of them.
 
 Every system is set up as its documentation trains: shards and samples shuffled, its own defaults elsewhere, batches
-through its own or torch's DataLoader. Without workers a batch is a list of `{extension: value}`, nothing is stacked; with
-workers it is `{extension: column}`, for arrays that cross processes one by one cost more than to decode them. Imports
-are inside the functions: a process must not pay for, or need, another system.
+through its own or torch's DataLoader. Without workers a batch is a list of `{extension: value}` and nothing is stacked;
+with workers it is `{extension: column}`, for arrays that cross processes one by one cost more than to decode them.
+Imports are inside the functions: a process must not pay for, or need, another system.
 """
 
 import functools
@@ -38,7 +38,6 @@ class Job(NamedTuple):
         if not self.decode:
             return {extension: sample[extension] for extension in self.extensions}
         return {extension: DECODERS[extension](sample[extension]) for extension in self.extensions}
-
 
     def collate(self, samples: list[dict[str, Any]]) -> Any:
         """The batch that is delivered, the same work for all systems."""
@@ -77,7 +76,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {"jpg": decode_jpeg, "txt": bytes.
 
 
 def open_mmfuse(job: Job) -> Iterable[Any]:
-    """Tars and their index: the plan, the source and the loader of this repository; a source of 16 shards is two windows."""
+    """Tars and their index: this repository's plan (64 lanes, windows of 8 shards), source and loader."""
     from mmfuse.data.decode import SampleDecoder
     from mmfuse.data.loader import load_batches, training_requests
 
@@ -87,17 +86,15 @@ def open_mmfuse(job: Job) -> Iterable[Any]:
     decoder = SampleDecoder([source], processors, seed=SEED)  # type: ignore[arg-type]  # lists instead of tensors
     steps = len(source) // BATCH
     requests = functools.partial(training_requests, plan, start=0, stop=steps, rank=0, world_size=1)
-    for batch in load_batches(decoder, requests, num_workers=job.num_workers):
-        yield {extension: batch.inputs[modality].inputs["values"] for modality, extension in modalities.items()}
+    batches = load_batches(decoder, requests, num_workers=job.num_workers)
+    return ({e: batch.inputs[m].inputs["values"] for m, e in modalities.items()} for batch in batches)
 
 
 def open_mmfuse_source(job: Job) -> Iterable[Any]:
     """`Source.read` in the order of the plan, without a loader."""
     source, plan = _open_mmfuse_plan(job)
-    for step in range(len(source) // BATCH):
-        rows = plan.rows(step, 0, BATCH)
-        samples = [source.read(number).members for number in rows[:, 1].tolist()]
-        yield [job.values_of(dict(members.values())) for members in samples]
+    numbers = (plan.rows(step, 0, BATCH)[:, 1].tolist() for step in range(len(source) // BATCH))
+    return ([job.values_of(dict(source.read(number).members.values())) for number in batch] for batch in numbers)
 
 
 def _open_mmfuse_plan(job: Job) -> tuple[Any, Any]:
@@ -108,7 +105,7 @@ def _open_mmfuse_plan(job: Job) -> tuple[Any, Any]:
     modalities = ("image", "text", "audio")
     members = {m: MemberRule(extensions=(e,)) for m, e in zip(modalities, job.extensions, strict=True)}
     recipe = Recipe(name=job.folder.name, members=members, splits={"train": Split(shards=("*.tar",))})
-    source = Source(recipe, "train", folder=job.folder, modalities=modalities)
+    source = Source(recipe, "train", place=job.folder / "recipe.yaml", modalities=modalities)
     planned = PlannedSource(source.name, source.counts, 1.0, source.index_hash)
     return source, DataPlan([planned], seed=SEED, global_batch=BATCH)
 

@@ -71,8 +71,8 @@ def describe_machine(packages: Sequence[str] = ()) -> str:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    found = ", ".join(f"{name} {_version(name)}" for name in packages)
-    return f"{os.cpu_count()} cores, {model}; load {load} at the end; Python {platform.python_version()}; {found}"
+    versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
+    return f"{os.cpu_count()} cores, {model}; load {load} at the end; {', '.join(versions)}"
 
 
 def _version(package: str) -> str:

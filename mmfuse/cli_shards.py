@@ -1,23 +1,45 @@
 """`mmfuse shards`: the part of the command line that works on tars."""
 
 import argparse
-import json
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mmfuse.cli_build import add_build, add_convert
 from mmfuse.errors import ShardError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mmfuse.data.recipe import MemberRule, Shard
 
 
 def add_shards(commands) -> None:
     """All commands of `mmfuse shards` with their help."""
     shards = commands.add_parser(
         "shards",
-        help="index, check and count WebDataset tar shards",
+        help="index, check, count, look at, build and convert WebDataset tar shards",
         description="Works on tar files made by anyone: img2dataset, webdataset, tar.",
     ).add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_index, _add_check, _add_stats, _add_view, _add_quarantine):
+        add(shards)
+    add_build(shards)
+    add_convert(shards)
 
-    index = shards.add_parser(
+
+def _add_paths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, patterns, URLs, or a recipe")
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="folder of the indexes, if not beside the tars")
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+
+
+def _add_index(commands) -> None:
+    index = commands.add_parser(
         "index",
         help="write the small index that reading needs beside every shard",
         description="Walks every header once, checks it, and writes NAME.tar.mmindex and the folder's manifest. Shards "
@@ -28,33 +50,80 @@ def add_shards(commands) -> None:
     )
     index.add_argument("--force", action="store_true", help="index again, whatever is there")
     index.add_argument("--checksum", action="store_true", help="record checksums of local tars too (reads every byte)")
-    index.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="shards at a time (%(default)s)"
-    )
-    index.add_argument(
-        "--index-dir", type=Path, metavar="DIR", help="put indexes here; for remote shards and read-only folders"
-    )
-    index.set_defaults(command=_shards_index)
+    _add_jobs(index)
+    _add_paths(index)
+    index.set_defaults(command=_index)
 
-    check = shards.add_parser(
+
+def _add_check(commands) -> None:
+    check = commands.add_parser(
         "check",
         help="read and decode every member; exit code 3 if anything is bad",
-        description="Indexes where needed, then decodes every picture, text and sound as training would.",
+        description="Compares every tar with its index, then decodes every picture, text and sound as training would. "
+        "A member that crashes or hangs its decoder is named like any other. Tars without an index get one first.",
     )
-    check.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
-    check.set_defaults(command=_shards_check, force=True)
+    check.add_argument("--json", action="store_true", help="print the counts as one JSON object")
+    check.add_argument("--findings", type=Path, metavar="FILE", help="write each finding as a line of JSON")
+    check.add_argument("--member-seconds", type=float, default=60.0, help="longest time over one member (default: 60)")
+    _add_jobs(check)
+    _add_paths(check)
+    check.set_defaults(command=_check)
 
-    stats = shards.add_parser("stats", help="count samples, modalities and sizes of indexed shards")
-    stats.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    stats.set_defaults(command=_shards_stats)
-    for command in (index, check, stats):
-        command.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, patterns, URLs, or a recipe")
+
+def _add_stats(commands) -> None:
+    stats = commands.add_parser(
+        "stats",
+        help="count samples, modalities and sizes; with --probe also resolutions, durations and caption lengths",
+        description="Reads the indexes alone, or with --probe also the headers of pictures and sounds, and the texts.",
+    )
+    stats.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    stats.add_argument("--probe", action="store_true", help="also read resolutions, durations, caption lengths")
+    stats.add_argument("--limit", type=int, metavar="N", help="probe so many samples, of every shard its share")
+    stats.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
+    _add_jobs(stats)
+    _add_paths(stats)
+    stats.set_defaults(command=_stats)
+
+
+def _add_view(commands) -> None:
+    view = commands.add_parser(
+        "view",
+        help="a page of samples: pictures, playable sound, texts",
+        description="Writes one self-contained page of samples drawn from all shards, of given keys, or of those that "
+        "a check or a run found bad.",
+        epilog="Example: mmfuse shards view data/emoji --out samples.html --samples 60",
+    )
+    view.add_argument("--out", type=Path, default=Path("samples.html"), metavar="FILE", help="default: samples.html")
+    view.add_argument("--samples", type=int, default=48, metavar="N", help="so many, drawn evenly (default: 48)")
+    view.add_argument("--seed", type=int, default=0, help="of the draw")
+    view.add_argument("--key", action="append", default=[], metavar="KEY", help="this one instead; may repeat")
+    view.add_argument("--findings", type=Path, metavar="FILE", help="those that the lines of this JSONL name instead")
+    view.add_argument("--augment", type=int, default=0, metavar="N", help="also N times as training would see them")
+    _add_jobs(view)
+    _add_paths(view)
+    view.set_defaults(command=_view)
+
+
+def _add_quarantine(commands) -> None:
+    quarantine = commands.add_parser(
+        "quarantine",
+        help="leave out samples that runs, or a check, found bad",
+        description="Takes samples out of the manifests, so that they are not dealt any more. The index hash changes: "
+        "a run that has begun refuses to go on with another order. `mmfuse shards index --force` takes all back.",
+        epilog="Example: mmfuse shards quarantine my_pictures.yaml --from runs/my_run",
+    )
+    quarantine.add_argument(
+        "--from", action="append", type=Path, required=True, dest="places", metavar="PLACE", help="run folder or JSONL"
+    )
+    quarantine.add_argument("--any-member", action="store_true", help="also samples that have a good member left")
+    _add_paths(quarantine)
+    quarantine.set_defaults(command=_quarantine)
 
 
 # The commands import what they need when they run: `mmfuse --help` must not wait for torch.
 
 
-def _shards_index(options: argparse.Namespace) -> int:
+def _index(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from mmfuse.shards.index import index_shards
@@ -87,50 +156,94 @@ def _find(paths: list[str], *, index_folder: Path | None) -> "list[Shard]":
     return list(dict.fromkeys(shards))
 
 
-def _shards_check(options: argparse.Namespace) -> int:
+def _rules(paths: list[str]) -> "Mapping[str, MemberRule] | None":
+    """The member rules of the only recipe that is named; else each modality's own."""
+    from mmfuse.data.recipe import load_recipe
+
+    return load_recipe(paths[0])[0].members if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")) else None
+
+
+def _check(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from mmfuse.config import find_plugin, plugin_names
-    from mmfuse.data.checks import check_members
-    from mmfuse.data.recipe import find_shards
+    from mmfuse.data.manifest import read_manifest
+    from mmfuse.shards.check import check_shards
+    from mmfuse.shards.findings import CheckSummary, write_findings
+    from mmfuse.shards.index import index_shards
 
-    damaged, samples, _ = _index(options.paths, force=True)
-    modalities = [find_plugin("mmfuse.modalities", name) for name in plugin_names("mmfuse.modalities")]
-    readers = {module.__name__: (module.EXTENSIONS, module.Config().build_processor()) for module in modalities}
-    bad = list(damaged.values())
-    whole = [shard for shard in find_shards(tuple(options.paths)) if shard not in damaged]
-    for shard in tqdm(whole, desc="checking", unit="shard", leave=False, disable=None):
-        for message in check_members(shard, readers):
-            bad.append(message)
-            tqdm.write(f"mmfuse: bad: {message}", file=sys.stderr)
-    if options.json:
-        print(json.dumps({"samples": samples, "bad": bad}, indent=1))
+    shards = _find(options.paths, index_folder=options.index_dir)
+    known = {folder: read_manifest(folder) for folder in {shard.index_folder for shard in shards}}
+    for _ in index_shards([shard for shard in shards if shard.name not in known[shard.index_folder]]):
+        pass  # what is damaged is found again below, with its kind
+    summary = CheckSummary()
+    parts = check_shards(
+        shards, rules=_rules(options.paths), num_workers=options.jobs, member_seconds=options.member_seconds
+    )
+    with contextlib.ExitStack() as stack:
+        if options.findings:
+            parts = write_findings(parts, stack.enter_context(open(options.findings, "w", encoding="utf-8")))
+        for checked in tqdm(parts, desc="checking", leave=False, disable=None):
+            summary.add(checked)
+            for finding in checked.findings:
+                tqdm.write(finding.to_line(), file=sys.stderr)
+    print(summary.to_json() if options.json else summary.to_table())
+    return summary.exit_code
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from mmfuse.files import write_text
+    from mmfuse.shards.stats import collect_stats
+    from mmfuse.shards.stats_table import to_table
+
+    progress = collect_stats(
+        _find(options.paths, index_folder=options.index_dir),
+        rules=_rules(options.paths),
+        probe=options.probe,
+        limit=options.limit,
+        num_workers=options.jobs,
+    )
+    *_, stats = tqdm(progress, desc="reading", leave=False, disable=None)
+    print(stats.to_json() if options.json else to_table(stats))
+    if options.html:
+        from mmfuse.shards.stats_page import render_stats
+
+        write_text(options.html, render_stats(stats, title=" ".join(options.paths)))
+        print(f"page: {options.html}", file=sys.stderr)
+    return 0
+
+
+def _quarantine(options: argparse.Namespace) -> int:
+    from mmfuse.shards.quarantine import read_bad_keys, skip_samples
+
+    bad = read_bad_keys(options.places, any_member=options.any_member)
+    added = 0
+    for skipped in skip_samples(_find(options.paths, index_folder=options.index_dir), bad):
+        added += skipped.added
+        print(f"{skipped.shard.shown}: {skipped.added} samples left out, {skipped.samples:,} remain")
+    print(f"{added} samples in {len(bad)} shards are left out from now on")
+    return 0
+
+
+def _view(options: argparse.Namespace) -> int:
+    from mmfuse.files import write_text
+    from mmfuse.shards.view import draw_samples, find_keys, read_findings, render_samples
+
+    shards = _find(options.paths, index_folder=options.index_dir)
+    if options.findings:
+        wanted = read_findings(options.findings, shards=shards, limit=options.samples)
+    elif options.key:
+        wanted = find_keys(shards, options.key)
     else:
-        print(f"{samples:,} samples checked: " + (f"{len(bad)} problems" if bad else "all good"))
-    return ShardError.exit_code if bad else 0
-
-
-def _shards_stats(options: argparse.Namespace) -> int:
-    import numpy as np
-
-    from mmfuse.data.checks import count_shards
-    from mmfuse.data.recipe import find_shards
-
-    stats = count_shards(find_shards(tuple(options.paths)))
-    sizes = {extension: np.concatenate(parts) for extension, parts in stats.member_bytes.items()}
-    if options.json:
-        subsets = {"+".join(extensions): count for extensions, count in stats.subsets.items()}
-        members = {e: {"count": len(s), "bytes": int(s.sum())} for e, s in sizes.items()}
-        counts = {"shards": stats.shards, "samples": stats.samples, "bytes": stats.bytes}
-        print(json.dumps({**counts, "subsets": subsets, "members": members}, indent=1))
-        return 0
-    print(f"{stats.shards} shards, {stats.samples:,} samples, {stats.bytes / 2**20:,.1f} MiB\n")
-    print(f"{'members of a sample':<32}{'samples':>12}{'share':>9}")
-    for extensions, count in stats.subsets.most_common():
-        print(f"{' + '.join(extensions):<32}{count:>12,}{count / stats.samples:>9.1%}")
-    print(f"\n{'member':<12}{'count':>12}{'mean bytes':>12}{'median':>10}{'largest':>12}")
-    for extension, values in sorted(sizes.items()):
-        print(
-            f".{extension:<11}{len(values):>12,}{values.mean():>12,.0f}{np.median(values):>10,.0f}{values.max():>12,}"
-        )
+        wanted = draw_samples(shards, count=options.samples, seed=options.seed)
+    page = render_samples(
+        wanted,
+        title=" ".join(options.paths),
+        rules=_rules(options.paths),
+        augmentations=options.augment,
+        num_workers=options.jobs,
+    )
+    write_text(options.out, page)
+    print(f"{len(wanted)} samples: {options.out}")
     return 0

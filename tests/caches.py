@@ -1,5 +1,6 @@
 """Shard caches of three small files for tests, and other owners that can be killed."""
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -33,6 +34,15 @@ def fetch(cache: ShardCache, name: str) -> bool:
 def files_in(folder: Path) -> set[str]:
     """All that is in a cache but what it needs for itself."""
     return set(os.listdir(folder)) - OWN_FILES
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of all copies, whole or not."""
+    total = 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # evicted a moment ago
+            total += entry.stat().st_size if entry.name not in OWN_FILES else 0
+    return total
 
 
 def start_other(folder: Path, act: Callable[[ShardCache], object]) -> BaseProcess:

@@ -1,11 +1,16 @@
-"""What tests of damaged tars are made of: a tar whose every byte is known by its role, and a watchdog."""
+"""What tests of damage are made of: tars whose every byte has a known role, members that lie, and a watchdog."""
 
 import io
 import signal
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
+
+import numpy as np
+import soundfile
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -52,6 +57,35 @@ def rechecked(header: bytes) -> bytes:
 def change(data: bytes, start: int, new: bytes) -> bytes:
     """`data` with `new` in the place of what stands at `start`; of the same length."""
     return data[:start] + new + data[start + len(new) :]
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG that claims so many pixels and has none."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
+    parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def wav_bytes(values: np.ndarray, *, rate: int = 16_000) -> bytes:
+    """A WAV of floats."""
+    file = io.BytesIO()
+    soundfile.write(file, values, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+def wav_that_claims(*, hours: int, seconds: int, rate: int = 16_000) -> bytes:
+    """Silence of some seconds behind a header that claims hours."""
+    claim = hours * 3600 * rate * 2
+    form = struct.pack("<IHHIIHH", 16, 1, 1, rate, rate * 2, 2, 16)
+    head = b"RIFF" + struct.pack("<I", 36 + claim) + b"WAVEfmt " + form + b"data" + struct.pack("<I", claim)
+    return head + bytes(seconds * rate * 2)
+
+
+def flac_of_hours(hours: int) -> bytes:
+    """Silence, in a kilobyte: at 8 Hz."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(hours * 3600 * 8, np.int16), 8, format="FLAC")
+    return file.getvalue()
 
 
 @contextmanager

@@ -67,13 +67,26 @@ http {{
       alias {files}/;
       rewrite_by_lua_block {{ if faulty() then ngx.var.rate = "1"; ngx.var.after = "100000" end }}
     }}
-    location /trickle/ {{ alias {files}/; limit_rate 5k; }}
+    location ~ ^/trickle/(?<name>.+)$ {{
+      content_by_lua_block {{
+        local data = read_file(ngx.var.name)
+        ngx.header["Content-Length"] = #data
+        for byte = 1, #data do
+          ngx.print(data:sub(byte, byte))
+          if not ngx.flush(true) then return end
+          ngx.sleep(0.1)
+        end
+      }}
+    }}
     location /busy/ {{ alias {files}/; rewrite_by_lua_block {{ if faulty() then return ngx.exit(503) end }} }}
     location /limited/ {{
       alias {files}/;
       rewrite_by_lua_block {{ if faulty() then ngx.header["Retry-After"] = "1"; return ngx.exit(429) end }}
     }}
     location /later/ {{ content_by_lua_block {{ ngx.header["Retry-After"] = "3600"; ngx.exit(429) }} }}
+    location /gzip/ {{ alias {files}/; gzip on; gzip_types *; gzip_min_length 1; }}
+    location /packed/ {{ alias {files}/; add_header Content-Encoding gzip; }}
+    location /closed/ {{ return 444; }}
     location /hang/ {{ content_by_lua_block {{ ngx.sleep(60) }} }}
     location ~ ^/reset/(?<name>.+)$ {{
       reset_timedout_connection on;  # 444 then closes with a reset
@@ -95,6 +108,19 @@ http {{
         if not faulty() then return ngx.exec("/plain/" .. ngx.var.name) end
         ngx.print(read_file(ngx.var.name), "and more")
       }}
+    }}
+    location ~ ^/shifted/(?<name>.+)$ {{
+      content_by_lua_block {{
+        if not faulty() then return ngx.exec("/plain/" .. ngx.var.name) end
+        local data = read_file(ngx.var.name)
+        ngx.status = 206
+        ngx.header["Content-Range"] = "bytes 100-" .. #data - 1 .. "/" .. #data
+        ngx.print(data:sub(101))
+      }}
+    }}
+    location ~ ^/half/(?<name>.+)$ {{
+      chunked_transfer_encoding off; keepalive_timeout 0;
+      content_by_lua_block {{ ngx.print(read_file(ngx.var.name):sub(1, 100000)) }}
     }}
     location ~ ^/status/(?<code>[0-9]+)/ {{ content_by_lua_block {{ ngx.exit(tonumber(ngx.var.code)) }} }}
     location ~ ^/signed/(?<name>.+)$ {{

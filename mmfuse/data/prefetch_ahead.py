@@ -1,7 +1,7 @@
 """The prefetcher's view of the plan: which files are read now, which come next, and how many at one time."""
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -66,7 +66,8 @@ class LookAhead:
         self._schedule = itertools.chain([first] if first else [], schedule)
         self.step = first.first_step - 1 if first else -1
         """The last step that all ranks have finished, or the one before the first."""
-        self._seen_step = self.step
+        self._seen = deque([self.step])
+        """First steps of all uses that were read, also of shards that need no copy."""
         self.uses: list[FileUse] = []
         """By first step."""
         self._read(_FIRST_USES)
@@ -76,6 +77,8 @@ class LookAhead:
         if step > self.step:
             self.step = step
             self.uses = [use for use in self.uses if use.last_step >= step]
+            while len(self._seen) > 1 and self._seen[0] <= step:
+                self._seen.popleft()
         return self._read(_READ_USES)
 
     def working_set(self) -> WorkingSet:
@@ -103,19 +106,20 @@ class LookAhead:
                 num_bytes -= use.size
                 if num_bytes < 0:
                     return use.first_step
-        return self._seen_step
+        return self._seen[-1]
 
     def _read(self, limit: int) -> list[FileUse]:
         """Reads up to `limit` more uses where they matter; those of the next step always do."""
         fresh: list[FileUse] = []
         names = {use.name for use in self.uses}
-        while self._seen_step <= self.step + 1 or (limit > 0 and not self._sees_enough(len(fresh), len(names))):
+        while self._seen[-1] <= self.step + 1 or (limit > 0 and not self._sees_enough(len(fresh), len(names))):
             use = next(self._schedule, None)
             if use is None:
                 break
-            limit, self._seen_step = limit - 1, use.first_step
+            limit -= 1
+            self._seen.append(use.first_step)
             name = self._names.get((use.source, use.shard))
-            if name is not None:  # other sources lie on local disks
+            if name is not None and use.last_step >= self.step:  # other sources lie on local disks
                 names.add(name)
                 fresh.append(FileUse(name, self._shards[use.source, use.shard].size, use.first_step, use.last_step))
         self.uses += fresh
@@ -123,4 +127,4 @@ class LookAhead:
 
     def _sees_enough(self, num_fresh: int, num_files: int) -> bool:
         count = len(self.uses) + num_fresh
-        return count >= _MAX_USES or (count >= _MIN_USES and num_files == self._num_files)
+        return max(count, len(self._seen)) >= _MAX_USES or (count >= _MIN_USES and num_files == self._num_files)

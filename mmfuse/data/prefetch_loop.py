@@ -51,7 +51,7 @@ class CacheConfig(Settings):
 
     @property
     def place(self) -> Path:
-        return (self.folder or Path("~/.cache/mmfuse/shards")).expanduser()
+        return (self.folder or Path("~/.cache/mmfuse/shards")).expanduser().absolute()
 
     @property
     def budget_bytes(self) -> int:
@@ -209,25 +209,25 @@ class Feeder:
             except OSError as problem:
                 error = problem
             if error is not None:
-                self._fail(name, self._explain(name, error))
+                self._fail(name, explain_failure(error, url=self._shards[name].url, config=self.config))
         return bool(done)
 
     def _fail(self, name: str, message: str) -> None:
         logger.error("%s", message)
         self.cache.fail(name, message)
 
-    def _explain(self, name: str, error: BaseException) -> str:
-        """Why a download failed, without secrets: of errors that are not ours, the text may hold the URL."""
-        shown = show_url(self._shards[name].url)
-        if _is_disk_full(error):
-            return (
-                f"{shown}: no space left on the disk of {self.cache.folder}: something else fills it, "
-                f"data.cache.budget_gib = {self.config.budget_gib:.4g} counts on it; free it, or lower the budget"
-            )
-        if isinstance(error, MmfuseError):
-            return str(error)
-        reason = error.strerror if isinstance(error, OSError) else None
-        return f"{shown}: cannot be copied to {self.cache.folder}: {reason or type(error).__name__}"
+
+def explain_failure(error: BaseException, *, url: str, config: CacheConfig) -> str:
+    """Why a shard could not be copied, without secrets: in errors that are not ours, the text may hold the URL."""
+    if _is_disk_full(error):
+        return (
+            f"{show_url(url)}: no space left on the disk of {config.place}: something else fills it, and "
+            f"data.cache.budget_gib = {config.budget_gib:.4g} counts on it; free it, or lower the budget"
+        )
+    if isinstance(error, MmfuseError):
+        return str(error)
+    reason = error.strerror if isinstance(error, OSError) else None
+    return f"{show_url(url)}: cannot be copied to {config.place}: {reason or type(error).__name__}"
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

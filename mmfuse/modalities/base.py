@@ -6,6 +6,8 @@ A file `mmfuse/modalities/NAME.py` has three names at its top level:
     class Config            its settings; builds its processor and its encoder
     (whatever it likes)     the processor and the encoder themselves
 
+What would not fit into one file lies in `media/`, which has no `__init__.py`, so that no run takes it for a modality.
+
 Shape legend: n rows, L tokens, D width.
 """
 
@@ -26,7 +28,8 @@ class Processor(Protocol):
         """The encoder inputs of one member.
 
         Args:
-            seed: keys the augmentation; None for the deterministic transform of evaluation.
+            seed: keys the augmentation, to the last bit in any process and thread; None for the deterministic
+                transform of evaluation.
         Raises:
             SampleError: the bytes are not what their extension says, or exceed a limit.
         """

@@ -22,7 +22,7 @@ from mmfuse.shards.recipes import known_extensions, make_split, member_rules, wr
 from mmfuse.shards.row_store import RowOrder, RowStore, RowWriter
 from mmfuse.shards.rows import Problem, Row
 from mmfuse.shards.tables import Extensions, TableConfig, choose_columns, read_tables
-from mmfuse.shards.write import ShardRecord, ShardTask, list_in_manifest, write_shard
+from mmfuse.shards.write import ShardRecord, ShardTask, is_mended, list_in_manifest, write_shard
 
 SPLITS = ("train", "validation")
 _ROWS_PER_EVENT = 10_000
@@ -110,7 +110,7 @@ def build_shards(
         tasks = _plan_tasks(output.scratch, output.settle_plan(plan, files=[*names, recipe_file.name], free=_FREE))
         work = functools.partial(write_shard, scratch=output.scratch, folder=destination)
         try:
-            for after in output.finish_shards(work, tasks, progress=progress, jobs=jobs):
+            for after in output.finish_shards(work, tasks, is_current=_lacks_nothing_new, progress=progress, jobs=jobs):
                 _check_problems(after, config=config, told=f"all so far are in {output.problems_file}")
                 yield (progress := after)
         finally:
@@ -190,6 +190,11 @@ def _plan_tasks(scratch: Path, plan: BuildPlan) -> list[ShardTask]:
         bounds = [length * number // max(count, 1) for number in range(count + 1)]
         tasks += [ShardTask(f"{stem}-{n:06d}.tar", split, bounds[n], bounds[n + 1]) for n in range(count)]
     return tasks
+
+
+def _lacks_nothing_new(task: ShardTask, record: ShardRecord) -> bool:
+    """Whether no file that was left out can be read now."""
+    return task.shard == record.shard and not any(map(is_mended, record.problems))
 
 
 def _make_recipe(

@@ -1,7 +1,6 @@
 """`mmfuse shards convert`: what other tools wrote -> a recipe, and new shards only where something must change."""
 
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -24,7 +23,7 @@ from mmfuse.shards.output import Progress, open_output
 from mmfuse.shards.recipes import known_extensions, make_split, member_rules, write_recipe
 from mmfuse.shards.repack import RepackTask, find_changes, repack_shard
 from mmfuse.shards.workers import run_tasks
-from mmfuse.shards.write import list_in_manifest
+from mmfuse.shards.write import ShardRecord, list_in_manifest
 
 Layout = Literal["energon", "img2dataset", "tars", "files"]
 _TAR = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
@@ -46,8 +45,6 @@ class ConvertPlan(Settings):
     version: int = 1
     config: ConvertConfig
     source: str
-    tars_hash: str
-    """Of their names, sizes and times of change."""
 
 
 def detect_layout(folder: Path) -> Layout:
@@ -107,7 +104,8 @@ def _plan_tasks(source: Path, *, config: ConvertConfig) -> list[RepackTask]:
     names = [_TAR.sub(".tar", tar.name) for tar in tars]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"{source}: two of its files would become {twice[0]}; move one away")
-    return [RepackTask(tar, name, config.dotted_keys) for tar, name in zip(tars, names, strict=True)]
+    origins = [f"{tar.name} {tar.stat().st_size} {tar.stat().st_mtime_ns}" for tar in tars]
+    return [RepackTask(tar, name, config.dotted_keys, o) for tar, name, o in zip(tars, names, origins, strict=True)]
 
 
 def _look_at_tars(tasks: list[RepackTask], *, jobs: int) -> Generator[Progress, None, bool]:
@@ -136,16 +134,14 @@ def _refuse(damaged: list[str], *, of: int) -> None:
 def _rewrite_tars(
     source: Path, destination: Path, tasks: list[RepackTask], *, config: ConvertConfig, jobs: int
 ) -> Iterator[Progress]:
-    states = [(task.source.name, task.source.stat().st_size, task.source.stat().st_mtime_ns) for task in tasks]
-    digest = hashlib.blake2b(repr(states).encode(), digest_size=16).hexdigest()
     recipe_file, shards = destination / f"{config.name}.yaml", [task.shard for task in tasks]
     with open_output(destination, "convert") as output:
-        plan = ConvertPlan(config=config, source=os.path.abspath(source), tars_hash=digest)
+        plan = ConvertPlan(config=config, source=os.path.abspath(source))
         output.settle_plan(plan, files=[*shards, recipe_file.name])
         output.scratch.mkdir()
         work = functools.partial(repack_shard, scratch=output.scratch, folder=destination)
         progress = Progress(rows=len(tasks))
-        for after in output.finish_shards(work, tasks, progress=progress, jobs=jobs):
+        for after in output.finish_shards(work, tasks, is_current=_is_current, progress=progress, jobs=jobs):
             yield (progress := after)
         records = output.read_records()
         list_in_manifest(destination / shard for shard in shards)
@@ -163,6 +159,10 @@ def _rewrite_tars(
         write_recipe(recipe, recipe_file, replace=True)
     notes = tuple(f"{shard}: {', '.join(records[shard].changes)}" for shard in shards if records[shard].changes)
     yield progress._replace(recipe=recipe_file, notes=notes)
+
+
+def _is_current(task: RepackTask, record: ShardRecord) -> bool:
+    return record.origin == task.origin
 
 
 def _describe_tars(source: Path, destination: Path, *, config: ConvertConfig, jobs: int) -> Iterator[Progress]:

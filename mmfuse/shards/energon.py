@@ -154,6 +154,11 @@ def check_energon_offsets(tar: Path, index: ShardIndex) -> str | None:
                     f"{tar}: sample {place} of Energon's list starts at byte {offsets[place]}, where none does: "
                     "the shard has changed since it was prepared"
                 )
+    ends = index.member_offset + (index.member_size + np.uint64(BLOCK - 1)) // np.uint64(BLOCK) * np.uint64(BLOCK)
+    if len(ends) and ends[-1] != offsets[-1] and not index.header["other_members"]:
+        return (
+            f"{tar}: its last sample ends at byte {ends[-1]}, Energon's list says {offsets[-1]}: it has changed since"
+        )
     return None
 
 

@@ -1,6 +1,7 @@
 """What a check finds: one thing at a time, for a terminal, for programs, and in sum."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ KINDS = {
     "too_slow": "took longer than the time for one member",
     "unknown_extension": "members that nothing reads (a note, not a fault)",
 }
+_ADDRESS = re.compile(r"<_io\.BytesIO object at 0x\w+>")
 NOTES = frozenset({"unknown_extension"})
 """Kinds that do not make a data set bad."""
 
@@ -45,8 +47,7 @@ class Finding(NamedTuple):
         """One sentence for a terminal; control characters in keys come escaped."""
         place = self.shard if self.key is None else f"{self.shard}: {self.key}"
         place += "" if self.extension is None else f".{self.extension}"
-        line = f"{place}: {self.kind}: {self.message}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+        return escape_controls(f"{place}: {self.kind}: {self.message}")
 
 
 class Checked(NamedTuple):
@@ -96,6 +97,16 @@ class CheckSummary:
     def _kinds(self) -> list[str]:
         """Those that were found, gravest first."""
         return [*(kind for kind in KINDS if self.counts[kind]), *sorted(self.counts.keys() - KINDS.keys())]
+
+
+def escape_controls(text: str) -> str:
+    """Text that comes from data, harmless in a terminal and on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def describe_error(error: Exception) -> str:
+    """What an error says, without what differs from process to process."""
+    return _ADDRESS.sub("it", str(error))
 
 
 def write_findings(parts: Iterable[Checked], file: TextIO) -> Iterator[Checked]:

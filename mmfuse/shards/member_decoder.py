@@ -16,10 +16,10 @@ from mmfuse.data.recipe import MemberRule
 from mmfuse.errors import SampleError
 from mmfuse.modalities.base import ModalityConfig, Processor
 from mmfuse.pages import mime_of
+from mmfuse.shards.findings import describe_error
 
 _LIMIT = re.compile(r"\bexceeds (max_|limit)|\btoo thin\b")
 """How processors, and Pillow, say that a member is beyond a limit of theirs, where they do not give it a kind."""
-_ADDRESS = re.compile(r"<_io\.BytesIO object at 0x\w+>")
 _BLOCK_FRAMES = 1 << 16
 
 
@@ -46,12 +46,11 @@ class MemberDecoder:
     def judge(self, extension: str, data: bytes) -> Verdict | None:
         """What is wrong with a member of these bytes; None for a good one and for extensions that nothing reads."""
         try:
-            verdict = self._judge(extension, data)
+            return self._judge(extension, data)
         except MemoryError:
-            verdict = Verdict("too_large", "memory does not suffice to decode it")
+            return Verdict("too_large", "memory does not suffice to decode it")
         except Exception as error:  # decoders of foreign bytes raise what they like, and training masks these too
-            verdict = Verdict("unexpected", f"{type(error).__name__}: {error}")
-        return verdict and verdict._replace(message=_ADDRESS.sub("it", verdict.message))
+            return Verdict("unexpected", f"{type(error).__name__}: {describe_error(error)}")
 
     def _judge(self, extension: str, data: bytes) -> Verdict | None:
         if not data.strip() and (extension in self._readers or extension in ("json", "npy")):
@@ -62,9 +61,9 @@ class MemberDecoder:
                 processor(choose_caption(data, rule, seed=None), seed=None)
             except SampleError as error:
                 if error.kind == "not_decodable" and _LIMIT.search(str(error)):
-                    return Verdict("too_large", str(error))
+                    return Verdict("too_large", describe_error(error))
                 beyond = None if error.kind == "too_large" else _judge_sound(extension, data)
-                return beyond or Verdict(error.kind, str(error))
+                return beyond or Verdict(error.kind, describe_error(error))
             return _judge_sound(extension, data)
         if extension == "json":
             return _judge_json(data)
@@ -84,7 +83,7 @@ def _judge_sound(extension: str, data: bytes) -> Verdict | None:
                 decoded += len(block)
             promised, rate = sound.frames, sound.samplerate
     except soundfile.LibsndfileError as error:
-        return Verdict("not_decodable", f"not a readable sound: {error}")
+        return Verdict("not_decodable", f"not a readable sound: {describe_error(error)}")
     if decoded < promised:
         return Verdict("not_decodable", f"ends after {decoded / rate:.1f} of {promised / rate:.1f} s")
     return None
@@ -102,7 +101,7 @@ def _judge_array(data: bytes) -> Verdict | None:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        return Verdict("not_decodable", f"not a NumPy array: {error}")
+        return Verdict("not_decodable", f"not a NumPy array: {describe_error(error)}")
     if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
         return Verdict("not_finite", "the array has values that are not finite")
     return None

@@ -24,7 +24,7 @@ from mmfuse.errors import ConfigError, DataError, ShardError
 from mmfuse.files import write_text
 from mmfuse.shards.rows import Problem
 from mmfuse.shards.workers import run_tasks
-from mmfuse.shards.write import ShardRecord, is_mended
+from mmfuse.shards.write import ShardRecord
 
 logger = logging.getLogger(__name__)
 
@@ -112,17 +112,25 @@ class OutputFolder:
         return validate(plan, raw, source=str(self.plan_file))
 
     def finish_shards(
-        self, work: Callable[[Task], ShardRecord], tasks: Sequence[Task], *, progress: Progress, jobs: int
+        self,
+        work: Callable[[Task], ShardRecord],
+        tasks: Sequence[Task],
+        *,
+        is_current: Callable[[Task, ShardRecord], bool],
+        progress: Progress,
+        jobs: int,
     ) -> Iterator[Progress]:
-        """Does the tasks whose shards are not finished, or lack files that can be read now; first counts the others."""
-        finished = self.read_records().items()
-        records = {shard: record for shard, record in finished if not any(map(is_mended, record.problems))}
-        progress = progress._replace(shards=len(tasks))
+        """Does the tasks whose shards are not finished, or not current; the first value counts the others."""
+        records = self.read_records()
+        progress, missing = progress._replace(shards=len(tasks)), []
         for task in tasks:
-            if task.shard in records:
-                progress = progress.after(records[task.shard])
+            record = records.get(task.shard)
+            if record and is_current(task, record):
+                progress = progress.after(record)
+            else:
+                missing.append(task)
         yield progress
-        for record in run_tasks(work, [task for task in tasks if task.shard not in records], jobs=jobs):
+        for record in run_tasks(work, missing, jobs=jobs):
             self._records.seek(0, os.SEEK_END)
             self._records.write(json.dumps(record._asdict()).encode() + b"\n")
             self._records.flush()
@@ -174,6 +182,8 @@ def open_output(folder: Path, tool: str) -> Iterator[OutputFolder]:
         shutil.rmtree(output.scratch, ignore_errors=True)
         try:
             yield output
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be written to: {error}; run the same command again to go on") from error
         finally:
             shutil.rmtree(output.scratch, ignore_errors=True)
             if not records.seek(0, os.SEEK_END):

@@ -1,8 +1,8 @@
 """What the headers of members say: sizes of pictures, lengths of sounds; and how long captions are."""
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import NamedTuple
@@ -176,11 +176,21 @@ class _Pile:
         return totals
 
 
+@contextmanager
+def _any_number_of_pixels() -> Iterator[None]:
+    """Pillow refuses to open what is too large to decode, and nothing is decoded here."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def _probe_picture(pile: _Pile, file: BufferedReader, rule: MemberRule) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
+    with _any_number_of_pixels():
         picture = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
-    sideways = picture.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+    # Of a PNG without EXIF data, Pillow would decode all pixels to look for some behind them.
+    sideways = "exif" in picture.info and picture.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
     pile.sizes.append((picture.height, picture.width) if sideways else (picture.width, picture.height))
     pile.picture_kinds[f"{picture.format} {picture.mode}"] += 1
 

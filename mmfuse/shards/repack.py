@@ -39,6 +39,8 @@ class RepackTask(NamedTuple):
     shard: str
     dotted_keys: bool
     """The extension begins at the last dot of a name, not at the first."""
+    origin: str
+    """The source's size and time of change: when they differ, it is rewritten again."""
 
 
 class _Layout(NamedTuple):
@@ -87,7 +89,7 @@ def repack_shard(task: RepackTask, *, scratch: Path, folder: Path) -> ShardRecor
         unpacked.unlink(missing_ok=True)
     extensions = sorted({extension for members in layout.samples.values() for extension in members})
     told = tuple(f"{what}: {count}" for what, count in sorted(changes.items()))
-    return ShardRecord(task.shard, len(layout.samples), size, 0, tuple(extensions), changes=told)
+    return ShardRecord(task.shard, len(layout.samples), size, 0, tuple(extensions), changes=told, origin=task.origin)
 
 
 def _packer(source: Path):

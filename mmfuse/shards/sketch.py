@@ -24,6 +24,7 @@ class Bars(NamedTuple):
     edges: np.ndarray
     """`(bars + 1,)`, ascending."""
     counts: np.ndarray
+    """`(bars,)`, not whole where a bin lies under two bars."""
     logarithmic: bool
     """Whether the edges are evenly spread on a logarithmic axis."""
 
@@ -84,14 +85,25 @@ class Sketch:
         return float(round(middle)) if self.whole else middle
 
     def bars(self) -> Bars:
-        """A histogram of what lies between the 0.5th and the 99.5th percentile; the rest counts at its ends."""
+        """A histogram of what lies between the 0.5th and the 99.5th percentile: a few far values would flatten it."""
         low, high = self.quantile(0.005), self.quantile(0.995)
-        logarithmic = low > 0 and self.quantile(0.99) > _LOG_FROM_RATIO * self.quantile(0.01)
-        edges = self._edges(low, high, logarithmic=logarithmic)
-        filled = np.flatnonzero(self.bins)
-        middles = np.clip([self._value_of(int(place)) for place in filled], edges[0], edges[-1])
-        counts, _ = np.histogram(middles, bins=edges, weights=self.bins[filled])
-        return Bars(edges, counts.astype(np.int64), logarithmic)
+        wide = self.quantile(0.99) > _LOG_FROM_RATIO * self.quantile(0.01) and (high > 256 or not self.whole)
+        edges = self._edges(low, high, logarithmic=low > 0 and wide)
+        counts = np.zeros(len(edges) - 1)
+        for place in np.flatnonzero(self.bins).tolist():  # a bin's values are spread evenly over the bars below it
+            start, end = self._span(place)
+            below = np.clip((edges - start) / (end - start), 0, 1)
+            counts += self.bins[place] * np.diff(below)
+        return Bars(edges, counts, low > 0 and wide)
+
+    def _span(self, place: int) -> tuple[float, float]:
+        """Where the values of a bin lie; whole numbers are as wide as one."""
+        high = _SMALLEST * _GROWTH**place
+        start, end = high / _GROWTH, high
+        if self.whole and end - start < 1:
+            start, end = (middle := round((start + end) / 2)) - 0.5, middle + 0.5
+        half = 0.5 if self.whole else 1e-9 + 1e-9 * self.largest
+        return max(start, self.smallest - half), min(end, self.largest + half)
 
     def _edges(self, low: float, high: float, *, logarithmic: bool) -> np.ndarray:
         if self.whole and not logarithmic:  # a bar for each number, or for each so many

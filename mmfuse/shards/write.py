@@ -43,7 +43,9 @@ class ShardRecord(NamedTuple):
     """That any of its members has, sorted."""
     problems: tuple[Problem, ...] = ()
     changes: tuple[str, ...] = ()
-    """What was made different from the tar that it was converted from, in words."""
+    """What is different from the tar that it was made of, in words."""
+    origin: str = ""
+    """Which state of that tar it was made of."""
 
 
 def write_shard(task: ShardTask, *, scratch: Path, folder: Path) -> ShardRecord:

@@ -175,7 +175,7 @@ def test_a_shard_that_became_damaged_stops_training(
     mmfuse: Command, tmp_path: Path, run: Path, fresh_accelerator: None
 ) -> None:
     os.truncate(tmp_path / "set/train-1.tar", 2000)
-    mmfuse("train", run, fails=DATA, says=("train-1.tar: has 2000 bytes", "shards index --force"))
+    mmfuse("train", run, fails=DATA, says=("train-1.tar: has 2000 bytes", "run: mmfuse shards index"))
     assert not (tmp_path / "out").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_kept(
         mmfuse("train", run, "--set", change, fails=CHECKPOINT, says=says)
     write_tar(tmp_path / "set/train-1.tar", sample_members(77, ["text", "image"]))
     mmfuse("shards", "index", "--force", tmp_path / "set", fails=0, says=())
-    mmfuse("train", run, fails=CHECKPOINT, says=("belongs to another run", "data: sources has changed"))
+    mmfuse("train", run, fails=CHECKPOINT, says=("belongs to another run", "data: sources was "))
     assert files_in(tmp_path) == before
 
 

@@ -89,10 +89,11 @@ def crop_at_random(picture: Image.Image, *, size: int, min_scale: float, generat
     if shrink > 1:
         drafted = picture.draft(None, (full_width // shrink, full_height // shrink))  # None for other formats
         scale = round(full_width / drafted[1][2]) if drafted else 1
-    picture = load_upright(picture)
-    left, top, width, height = (value // scale for value in (left, top, width, height))
-    picture = picture.crop((left, top, left + width, top + height))
-    return picture.resize((size, size), Image.Resampling.BILINEAR)
+    picture, box = load_upright(picture), (left, top, left + width, top + height)
+    if scale == 1:
+        return picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)  # as torchvision
+    left, top, right, bottom = (edge / scale for edge in box)
+    return picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
 
 
 def _orientation(picture: Image.Image) -> int:

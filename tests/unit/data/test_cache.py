@@ -31,7 +31,7 @@ def test_a_name_is_of_the_whole_address_and_the_version_but_not_of_secrets() -> 
 
 
 def fewest_downloads(sequence: Sequence[str], room: int) -> int:
-    """By trying all choices; a file may go in the second step after its use: in the first, a rank may still be at it."""
+    """By trying all choices; a file may go in the second step after its use: in the first, a rank may be at it yet."""
 
     @functools.cache
     def rest(place: int, held: frozenset[str]) -> int:
@@ -63,15 +63,27 @@ def test_no_choice_of_what_to_evict_needs_fewer_downloads(cache: ShardCache, see
 def test_nothing_that_is_needed_earlier_makes_room(cache: ShardCache) -> None:
     cache.begin(-1, [use("a", 0, 9), use("b", 20), use("c", 30), use("d", 25), use("e", 40)], working_set={})
     assert [name for name, *_ in cache.missing(9)] == ["a", "b", "d", "c", "e"]
+    cache.advance(-1, [use("big", 10, size=25)])
     assert all(fetch(cache, name) for name in "abc")
     assert not fetch(cache, "e") and files_in(cache.folder) == {"a", "b", "c"}
     assert not cache.reserve("d", 10, only_unused=True)
     assert fetch(cache, "d") and files_in(cache.folder) == {"a", "b", "d"}
     assert not cache.reserve("x", 31)
+    assert not cache.reserve("big", 25) and files_in(cache.folder) == {"a", "b", "d"}, "without all, none"
     cache.advance(9)
     assert not fetch(cache, "c"), "step 9 is the last of a: a rank may just be reading it"
     cache.advance(10)
     assert fetch(cache, "c") and files_in(cache.folder) == {"b", "c", "d"}
+
+
+def test_what_is_read_now_or_being_downloaded_makes_room_for_nothing(cache: ShardCache) -> None:
+    cache.begin(-1, [use("a", 5, 9), use("b", 90), use("c", 0, 9, size=15)], working_set={})
+    assert fetch(cache, "a") and cache.reserve("b", 10)
+    cache.advance(4)
+    assert not cache.reserve("c", 15)
+    cache.temporary("b").write_bytes(bytes(10))
+    cache.publish("b")
+    assert cache.reserve("c", 15) and files_in(cache.folder) == {"a"}
 
 
 def test_reservations_count_and_failures_give_them_back(cache: ShardCache) -> None:

@@ -1,5 +1,6 @@
 """The ledger of the shard cache: who lives, what the dead leave behind, and where a cache cannot be."""
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_what_a_killed_owner_was_downloading_is_known(
     other.kill()
     other.join()
     cache.keep_alive()
-    assert files_in(tmp_path) == left | {"a.stranger.part"}
+    assert files_in(tmp_path) == left | {"a.stranger.part"} and os.listdir(tmp_path / "owners") == ["me.lock"]
     assert cache.reserve("a", 10) == (not left)
     cache.close()
 

@@ -9,17 +9,24 @@ import gzip
 import io
 import os
 import socket
-import struct
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-from damage import change, deadline, find_members, rechecked, tar_bytes
-from helpers import ALL, EXTENSION, index_folder, picture_bytes, sample_members, sound_bytes, write_yaml
+from damage import (
+    change,
+    deadline,
+    find_members,
+    flac_of_hours,
+    huge_png,
+    rechecked,
+    tar_bytes,
+    wav_bytes,
+    wav_that_claims,
+)
+from helpers import ALL, EXTENSION, index_folder, picture_bytes, sample_members, write_yaml
 
 from mmfuse.data.mixture import SourceConfig, open_source
 from mmfuse.data.shard_index import build_index
@@ -32,6 +39,7 @@ TAR = tar_bytes(MEMBERS)
 AT = find_members(TAR)
 END = -(-AT["0003.ogg"].end // 512) * 512
 """Where the end-of-archive blocks begin."""
+NEIGHBOUR = sample_members(7)
 PROCESSORS = {
     "image": image.Config().build_processor(),
     "text": text.Config().build_processor(),
@@ -120,9 +128,8 @@ REFUSED = {
 def test_a_damaged_shard_is_refused_with_what_to_do_and_no_run_goes_on_without_it(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
-    (tmp_path / "0.tar").write_bytes(tar_bytes(sample_members(7)))
-    (tmp_path / "1.tar").write_bytes(content)
-    (tmp_path / "2.tar").write_bytes(tar_bytes(sample_members(8)))
+    for name, data in {"0.tar": tar_bytes(NEIGHBOUR), "1.tar": content, "2.tar": tar_bytes(NEIGHBOUR)}.items():
+        (tmp_path / name).write_bytes(data)
     with deadline(10):
         errors = [result.outcome for result in index_folder(tmp_path) if isinstance(result.outcome, Exception)]
     assert [type(error) for error in errors] == [ShardError]
@@ -133,10 +140,6 @@ def test_a_damaged_shard_is_refused_with_what_to_do_and_no_run_goes_on_without_i
         open_folder(tmp_path)
 
 
-def make_fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -144,7 +147,11 @@ def make_socket(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(make_fifo, "is a FIFO.*not a tar"), (make_socket, "is a FIFO, a socket.*not a tar"), (Path.mkdir, "is a directory")],
+    [
+        (os.mkfifo, "is a FIFO.*not a tar"),
+        (make_socket, "is a FIFO, a socket.*not a tar"),
+        (Path.mkdir, "is a directory"),
+    ],
     ids=["FIFO", "socket", "directory"],
 )
 def test_what_is_no_file_is_refused_and_not_waited_for(
@@ -201,10 +208,10 @@ def test_what_can_be_read_is_read_byte_for_byte_and_nothing_is_written(
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "0.tar").write_bytes(content)
-    (folder / "1.tar").write_bytes(tar_bytes(sample_members(7)))
+    (folder / "1.tar").write_bytes(tar_bytes(NEIGHBOUR))
     index_folder(folder)
     before = set(folder.rglob("*"))
-    assert read_folder(folder) == expected + by_key(sample_members(7))
+    assert read_folder(folder) == expected + by_key(NEIGHBOUR)
     assert set(folder.rglob("*")) - before == {folder / "recipe.yaml"}
     assert os.listdir(tmp_path) == ["set"]
 
@@ -228,35 +235,15 @@ def test_samples_behind_a_member_of_9_gib_are_read(tmp_path: Path, tar_format: i
     assert read_folder(tmp_path) == [("0001", {}), *by_key(MEMBERS)[1:]]
 
 
-def huge_png(width: int, height: int) -> bytes:
-    """A PNG that claims so many pixels and has none."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
-    parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def wav_bytes(values: np.ndarray, *, rate: int = 16_000) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, values, rate, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-def hours_of_flac(hours: float, *, rate: int = 2000) -> bytes:
-    """Silence, in some kilobytes."""
-    file = io.BytesIO()
-    soundfile.write(file, np.zeros(int(hours * 3600 * rate), np.int16), rate, format="FLAC")
-    return file.getvalue()
-
-
-PICTURE, SOUND = picture_bytes(2, size=200), sound_bytes(2)
+PICTURE = picture_bytes(2, size=200)
 BAD_MEMBERS = {
-    "200 megapixels": ("0002.png", huge_png(20_000, 10_000), "20000 x 10000 pixels exceeds max_pixels"),
+    "200 megapixels": ("0002.png", huge_png(20_000, 10_000), "exceeds"),
     "a picture of one row": ("0002.png", huge_png(60_000, 1), "too thin"),
     "half a picture": ("0002.jpg", PICTURE[: len(PICTURE) // 2], "not a readable JPEG"),
     "a web page for a picture": ("0002.jpg", b"<html>404 Not Found</html>", "not a readable JPEG"),
     "a pickle for a picture": ("0002.jpg", b"cposix\nsystem\n(S'true'\ntR.", "not a readable JPEG"),
     "no bytes for a picture": ("0002.jpg", b"", "not a readable JPEG"),
-    "10 hours of sound": ("0002.flac", hours_of_flac(10), "36000 s exceeds max_seconds"),
+    "10 hours of silence": ("0002.flac", flac_of_hours(10), "36000 s exceeds max_seconds"),
     "a sound of NaN": ("0002.wav", wav_bytes(np.full(16_000, np.nan, np.float32)), "not finite"),
     "a sound of infinity": ("0002.wav", wav_bytes(np.full(16_000, np.inf, np.float32)), "not finite"),
     "no sound": ("0002.ogg", b"\x7fELF" * 200, "not a readable WAV"),
@@ -286,6 +273,13 @@ def test_a_bad_member_is_named_by_its_decoder_and_all_others_are_good(
     assert {place for place, outcome in outcomes.items() if outcome != "good"} == {("0002", modality)}
     with pytest.raises(SampleError, match=message):
         PROCESSORS[modality](data, seed=None)
+
+
+def test_a_wav_header_that_claims_10_hours_gives_the_second_that_is_there() -> None:
+    data = wav_that_claims(hours=10, seconds=1)
+    with deadline(5):
+        frames = PROCESSORS["audio"](data, seed=None)["fbank"].shape[0]
+    assert 90 < frames <= 100  # of 10 ms
 
 
 def decode(modality: str, data: bytes) -> str:

@@ -19,8 +19,10 @@ from mmfuse.data.fetch import FetchConfig, RemoteFile, checksum_of, download, st
 from mmfuse.errors import DataError, ShardError
 
 DATA = random.Random(0).randbytes(600_000)
-QUICK = FetchConfig(deadline_seconds=20, timeout_seconds=0.5, piece_bytes=250_000)
+QUICK = FetchConfig(deadline_seconds=20, timeout_seconds=5, piece_bytes=250_000)
+IMPATIENT = FetchConfig(deadline_seconds=20, timeout_seconds=0.5, piece_bytes=1_000_000)
 HASTY = FetchConfig(deadline_seconds=1.5, timeout_seconds=0.4, piece_bytes=250_000)
+PATIENT = HASTY.model_copy(update={"timeout_seconds": 30})
 SECRETS = ("us3r", "pa55word", "s1gnature")
 
 
@@ -98,15 +100,22 @@ def test_a_server_without_ranges_sends_the_whole_file_once(server: HttpServer, t
     assert server.asked(file.url)[before:] == ["bytes=0-249999 200"]
 
 
-@pytest.mark.parametrize("fault", ["cut", "whole_cut", "reset", "short", "long", "stall", "busy", "limited"])
+def test_a_server_that_may_compress_is_asked_not_to(server: HttpServer, tmp_path: Path) -> None:
+    download(remote(server, "gzip"), tmp_path / "a.tar", config=QUICK)
+    assert (tmp_path / "a.tar").read_bytes() == DATA
+    with pytest.raises(DataError, match=r"packed/a.tar: the server compresses the file"):
+        download(remote(server, "packed"), tmp_path / "b.tar", config=QUICK)
+
+
+@pytest.mark.parametrize("fault", ["cut", "whole_cut", "reset", "short", "long", "shifted", "stall", "busy", "limited"])
 def test_a_passing_fault_is_outlived(server: HttpServer, tmp_path: Path, fault: str) -> None:
     (server.files / "faulty.tar").write_bytes(DATA)
     good = stat_remote(server.url("plain", "faulty.tar"))
     file = good._replace(url=server.url(fault, "faulty.tar"))
     began = time.monotonic()
-    download(file, tmp_path / "a.tar", config=QUICK)
+    download(file, tmp_path / "a.tar", config=IMPATIENT if fault == "stall" else QUICK)
     assert (tmp_path / "a.tar").read_bytes() == DATA
-    assert len(server.asked(file.url)) > (1 if fault == "whole_cut" else 3), "the fault did not happen"
+    assert len(server.asked(file.url)) > (1 if fault in ("whole_cut", "stall") else 3), "the fault did not happen"
     assert fault != "limited" or time.monotonic() - began >= FAULTY_TIMES, "Retry-After: 1 was not respected"
 
 
@@ -114,7 +123,7 @@ def test_a_broken_connection_costs_no_bytes_that_have_come(server: HttpServer, t
     (server.files / "resumed.tar").write_bytes(DATA)
     good = stat_remote(server.url("plain", "resumed.tar"))
     file = good._replace(url=server.url("stall", "resumed.tar"))
-    download(file, tmp_path / "a.tar", config=QUICK.model_copy(update={"piece_bytes": 10**6}))
+    download(file, tmp_path / "a.tar", config=IMPATIENT)
     assert (tmp_path / "a.tar").read_bytes() == DATA
     starts = [int(line.removeprefix("bytes=").partition("-")[0]) for line in server.asked(file.url)]
     assert starts[0] == 0 < starts[1] < starts[2]
@@ -129,16 +138,18 @@ def test_a_refusal_is_not_tried_again(server: HttpServer, tmp_path: Path, status
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fault", ["status/500", "hang", "trickle", "nobody"])
+@pytest.mark.parametrize("fault", ["status/500", "half", "closed", "hang", "trickle", "nobody"])
 def test_a_lasting_fault_is_given_up_within_the_deadline(server: HttpServer, tmp_path: Path, fault: str) -> None:
     file = remote(server, fault)
     if fault == "nobody":
         file = file._replace(url=f"http://127.0.0.1:{free_ports(1)[0]}/a.tar")
     began = time.monotonic()
     with pytest.raises(DataError, match=r"a.tar: .*gave up at attempt \d+ \(deadline_seconds = 1.5\)"):
-        download(file, tmp_path / "a.tar", config=HASTY)
-    assert time.monotonic() - began < HASTY.deadline_seconds + 2
+        download(file, tmp_path / "a.tar", config=PATIENT if fault == "hang" else HASTY)
+    assert time.monotonic() - began < HASTY.deadline_seconds + 5
     assert not any(tmp_path.iterdir())
+    if fault in ("status/500", "half", "trickle"):
+        assert 1 < len(server.asked(file.url)) < 30, "tried again, with pauses"
 
 
 def test_a_wait_beyond_the_deadline_is_not_begun(server: HttpServer, tmp_path: Path) -> None:
@@ -153,7 +164,7 @@ def test_a_server_that_vanishes_and_returns_costs_only_what_was_on_its_way(tmp_p
     with serve_http(tmp_path / "http") as server:
         (server.files / "a.tar").write_bytes(DATA)
         file = stat_remote(server.url("slow", "a.tar"))
-        config = QUICK.model_copy(update={"timeout_seconds": 5, "piece_bytes": 10**6})
+        config = QUICK.model_copy(update={"piece_bytes": 10**6})
         here = tmp_path / "a.tar"
         thread, errors = in_thread(lambda: download(file, here, config=config))
         eventually(lambda: here.exists() and here.stat().st_size > 100_000)
@@ -180,6 +191,8 @@ def test_a_file_that_changed_since_it_was_indexed_is_not_read(server: HttpServer
     with pytest.raises(ShardError, match=r"has changed since it was indexed: 600,000 bytes of .*, now 300,000 of"):
         download(file, tmp_path / "a.tar", config=QUICK)
     assert len(server.asked(file.url)) < 20
+    with pytest.raises(ShardError, match=r"a.tar: is shorter than 600,000 bytes"):
+        download(remote(server, "status/416"), tmp_path / "a.tar", config=QUICK)
 
 
 def test_a_file_that_changes_during_the_download_is_not_mixed(server: HttpServer, tmp_path: Path) -> None:
@@ -241,7 +254,7 @@ def test_no_secret_is_in_an_error_or_a_log(server: HttpServer, tmp_path: Path, c
     url = url.replace("://", "://us3r:pa55word@") + "?X-Amz-Signature=s1gnature"
     file = RemoteFile(url, 1 << 40 if fault == "cut" else len(DATA), '"another version"' if fault == "plain" else "")
     with pytest.raises(DataError) as caught:
-        download(file, tmp_path / "a.tar", config=HASTY)
+        download(file, tmp_path / "a.tar", config=FetchConfig(deadline_seconds=0.6, timeout_seconds=0.25))
     told = caplog.text + "".join(traceback.format_exception(caught.value))
     error: BaseException | None = caught.value
     while error is not None:

@@ -5,16 +5,13 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
-import xxhash
 from helpers import write_tar
 
-from mmfuse.data import index_file
-from mmfuse.data.index_file import MAGIC, IndexColumns, ShardPart
+from mmfuse.data import shard_index
+from mmfuse.data.index_file import ShardPart
 from mmfuse.data.shard_index import ShardIndex, build_index
 from mmfuse.data.tar import walk_tar
-from mmfuse.data.tar_samples import split_name
 from mmfuse.errors import DataError, ShardError
 
 MEMBERS = {
@@ -58,23 +55,6 @@ def test_a_reopened_index_is_the_built_one(shard: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("0001.jpg", ("0001", "jpg")),
-        ("a.b/0001.SEG.Png", ("a.b/0001", "seg.png")),
-        ("./0001.jpg", ("./0001", "jpg")),
-        ("0001", ("0001", "")),
-        (".hidden", ("", "hidden")),
-        ("/etc/0001.jpg", ("/etc/0001", "jpg")),
-        ("/0001.jpg", ("/0001", "jpg")),
-        ("../../0001.jpg", ("../../0001", "jpg")),
-    ],
-)
-def test_a_key_ends_at_the_first_dot_of_the_base_name(name: str, expected: tuple[str, str]) -> None:
-    assert split_name(name) == expected
-
-
-@pytest.mark.parametrize(
     ("names", "message"),
     [
         (["1.jpg", "2.jpg", "1.txt"], "the members of sample '1' are not next to each other"),
@@ -90,11 +70,6 @@ def test_what_cannot_be_read_safely_is_refused_and_nothing_is_left(tmp_path: Pat
         index_of([(name, b"x") for name in names], tmp_path)
     assert str(tmp_path / "y.tar") in str(error.value)
     assert os.listdir(tmp_path) == ["y.tar"]
-
-
-def test_members_with_dots_before_their_extension_belong_to_the_key_before_the_first(tmp_path: Path) -> None:
-    index = index_of({"img.0001.jpg": b"x", "img.0002.jpg": b"y"}, tmp_path)
-    assert [index.sample(0).key, *index.sample(0).members] == ["img", "0001.jpg", "0002.jpg"]
 
 
 def test_a_shard_found_damaged_loses_its_older_index(shard: Path, tmp_path: Path) -> None:
@@ -115,71 +90,6 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(shard: Path, tmp_path:
     with pytest.raises(DataError, match="No space left"):
         build_index(shard, tmp_path / "x.idx")
     assert os.listdir(tmp_path) == ["x.tar"]
-
-
-@pytest.mark.parametrize("length", [0, 4, 12, 100, -64])
-def test_a_cut_off_index_is_refused(shard: Path, tmp_path: Path, length: int) -> None:
-    place = tmp_path / "x.idx"
-    build_index(shard, place)
-    os.truncate(place, length if length >= 0 else place.stat().st_size + length)
-    with pytest.raises(ShardError, match=r"not a readable index.*index the shard again") as error:
-        ShardIndex(place)
-    assert str(place) in str(error.value)
-
-
-def with_header(text: bytes, *, body: bytes = bytes(640)) -> bytes:
-    """A sidecar whose header says what it likes, with a right digest: what a hostile one looks like."""
-    return index_file._padded(index_file._PREFIX.pack(MAGIC, len(text), xxhash.xxh3_128_digest(text)) + text) + body
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"garbage" * 100, "wrong magic"),
-        (b"MMINDEX1" + bytes(600), "of another format version"),
-        (MAGIC + b"\xff" * 600, "header is damaged"),
-        (with_header(b"[]"), ""),
-        (with_header(b"{}"), ""),
-        (with_header(b"[" * 200_000), ""),
-        (with_header(b'{"samples": -1, "members": 1, "key_bytes": 1, "part_members": 0}'), "samples = -1"),
-        (with_header(b'{"samples": 1e3, "members": 1, "key_bytes": 1, "part_members": 0}'), ""),
-        (with_header(b'{"samples": 9, "members": 1, "key_bytes": 1, "part_members": 0}'), "bytes instead of"),
-    ],
-    ids=["magic", "version 1", "digest", "no mapping", "empty", "deep", "negative", "fraction", "size"],
-)
-def test_garbage_is_no_index(tmp_path: Path, content: bytes, message: str) -> None:
-    place = tmp_path / "x.idx"
-    place.write_bytes(content)
-    with pytest.raises(ShardError, match=rf"not a readable index \(.*{message}.*index the shard again"):
-        ShardIndex(place)
-
-
-@pytest.mark.parametrize(
-    ("array", "change", "message"),
-    [
-        ("member_offset", 1 << 40, "points outside its tar"),
-        ("member_size", 1 << 63, "points outside its tar"),
-        ("member_part", 1, "a tar that it does not list"),
-        ("first_member", 1, "other members than it says"),
-        ("signature", 1, "other extensions than it says"),
-        ("key_end", 1 << 40, "keys overlap"),
-    ],
-)
-def test_an_index_of_right_digests_that_points_elsewhere_is_refused(
-    shard: Path, tmp_path: Path, monkeypatch, array: str, change: int, message: str
-) -> None:
-    whole = IndexColumns.to_arrays
-
-    def changed(columns: IndexColumns) -> dict[str, np.ndarray]:
-        arrays = whole(columns)
-        arrays["member_part"] = np.zeros_like(arrays["member_size"], np.uint8)
-        arrays[array][-1] += arrays[array].dtype.type(change)
-        return arrays
-
-    monkeypatch.setattr(IndexColumns, "to_arrays", changed)
-    build_index(shard, tmp_path / "x.idx")  # writes; reads only the header again
-    with pytest.raises(ShardError, match=rf"x.idx: not a readable index \(.*{message}"):
-        ShardIndex(tmp_path / "x.idx").sample(0)
 
 
 def test_an_index_written_anew_under_an_open_one_is_noticed(shard: Path, tmp_path: Path) -> None:
@@ -232,6 +142,23 @@ def test_spans_are_the_preferred_members_of_a_sample(tmp_path: Path) -> None:
     assert index.member_sizes(("png", "jpg")).tolist() == [2, -1, -1, 1]
     assert index.member_sizes(("seg.png", "json")).tolist() == [-1, 1, 0, -1]
     assert index.member_sizes(("wav",)).tolist() == [-1] * 4
+
+
+def test_what_was_chosen_is_not_kept_without_end(shard: Path, tmp_path: Path) -> None:
+    index = build_index(shard, tmp_path / "x.idx")
+    for number in range(500):
+        assert index.spans(2, ((f"no{number}", "txt"),))[1][0] == index.spans(2, (("txt",),))[1][0]
+    assert len(index._chosen) <= shard_index._MAX_CHOICES
+
+
+def test_more_sets_of_extensions_than_two_bytes_can_tell_apart_are_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shard_index, "_MAX_SIGNATURES", 2)
+    members = {"img.1.jpg": b"", "b.2.jpg": b"", "c.3.jpg": b""}
+    with pytest.raises(
+        ShardError, match=r"3 different sets of extensions, such as \.1\.jpg; a key ends at its first dot"
+    ):
+        index_of(members, tmp_path)
+    assert len(index_of(dict(list(members.items())[:2]), tmp_path)) == 2
 
 
 def test_what_is_known_of_the_tar_is_kept_and_does_not_change_the_content_hash(shard: Path, tmp_path: Path) -> None:

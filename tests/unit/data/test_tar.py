@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from damage import rechecked
 from helpers import write_tar
 
 from mmfuse.data.tar import BLOCK, Member, walk_tar
@@ -20,12 +21,6 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarf
 def walk_with_tarfile(path: Path) -> list[Member]:
     with tarfile.open(path) as tar:
         return [Member(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-
-
-def rechecked(header: bytes) -> bytes:
-    """The header with a right checksum, so that only what the test changed is wrong."""
-    header = header[:148] + b" " * 8 + header[156:]
-    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
 
 def pax_member(records: dict[str, str], *, name: str = "0001.txt", payload: bytes = b"abc") -> bytes:
@@ -171,6 +166,58 @@ def test_garbage_in_a_pax_header_is_refused(tmp_path: Path) -> None:
     data[BLOCK : BLOCK + 4] = b"\xff = "
     path.write_bytes(data)
     with pytest.raises(ShardError, match="damaged extended header at byte 0"):
+        list(walk_tar(path))
+
+
+@pytest.mark.parametrize(
+    "record", [b"9 path=a.txt\n", b"15 path=a.txt\n", b"13 path=a.txt", b"0 path=a.txt\n", b"8 patha\n"]
+)
+def test_a_pax_record_of_a_wrong_length_is_refused(tmp_path: Path, record: bytes) -> None:
+    path = tmp_path / "x.tar"
+    data = pax_member({"path": "b.txt"})
+    size = b"%011o\0" % len(record)
+    header = rechecked(data[:124] + size + data[136:BLOCK])
+    path.write_bytes(header + record.ljust(BLOCK, b"\0") + data[2 * BLOCK :])
+    with pytest.raises(ShardError, match="damaged extended header at byte 0"):
+        list(walk_tar(path))
+
+
+@pytest.mark.parametrize("records", [{"path": "all.txt"}, {"size": "5"}], ids=["name", "size"])
+def test_a_global_header_that_speaks_for_every_member_is_refused(tmp_path: Path, records: dict[str, str]) -> None:
+    path = tmp_path / "x.tar"
+    data = pax_member(records)
+    path.write_bytes(rechecked(data[:156] + b"g" + data[157:BLOCK]) + data[BLOCK:])
+    with pytest.raises(ShardError, match="global header at byte 0 names all members alike"):
+        list(walk_tar(path))
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_a_long_name_without_its_member_is_refused(tmp_path: Path, tar_format: int) -> None:
+    path = write_tar(tmp_path / "x.tar", {LONG: b"x"}, tar_format=tar_format)
+    path.write_bytes(path.read_bytes()[: 2 * BLOCK] + bytes(2 * BLOCK))
+    with pytest.raises(ShardError, match="extended header before byte 1024 has no member"):
+        list(walk_tar(path))
+
+
+def test_checksums_of_signed_bytes_are_accepted_as_old_programs_wrote_them(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {"ü.txt": b"x"})
+    data = path.read_bytes()
+    signed = sum(b - 256 if b > 127 else b for b in data[:148] + b" " * 8 + data[156:BLOCK])
+    path.write_bytes(data[:148] + b"%06o\0 " % signed + data[156:])
+    assert list(walk_tar(path)) == walk_with_tarfile(path) == [Member("ü.txt", BLOCK, 1)]
+
+
+def test_zeros_beyond_the_usual_end_are_worth_a_warning_and_nothing_else_a_refusal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_tar(tmp_path / "x.tar", WHOLE)
+    assert len(list(walk_tar(path))) == 3
+    assert not caplog.records
+    path.write_bytes(path.read_bytes() + bytes(BLOCK))
+    assert len(list(walk_tar(path))) == 3
+    assert f"{path}: the last 7168 bytes are zeros" in caplog.text
+    path.write_bytes(bytes(10_240 + BLOCK))
+    with pytest.raises(ShardError, match="holds nothing but 10752 zeros"):
         list(walk_tar(path))
 
 

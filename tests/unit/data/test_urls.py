@@ -17,7 +17,9 @@ NOWHERE = "http://127.0.0.1:9"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     with serve_http(tmp_path_factory.mktemp("http")) as http:
-        touch(http.files, "b-1.tar", "b-2.tar", "a 1.tar", ".hidden.tar", "notes.txt", "b-1.tar.mmindex")
+        touch(
+            http.files, "b-1.tar", "b-2.tar", "a 1.tar", "b-3.tar/folder.txt", "notes.txt", "b-1.tar.mmindex", "set-3"
+        )
         touch(
             http.files, "set-1/x.tar", "set-2/x.tar", "set-2/y.tar", "other/x.tar", "none/notes.txt", "page/index.html"
         )
@@ -85,7 +87,8 @@ def test_whatever_is_to_be_shown_is_shown_without_an_error() -> None:
     ]
     for _ in range(20_000):
         text = "".join(draw.choices(parts, k=draw.randint(0, 9)))
-        show_url(text), is_remote(text)
+        assert isinstance(show_url(text), str)
+        assert is_remote(text) in (True, False)
 
 
 def test_only_four_schemes_are_remote() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from batches import LETTERS, random_features, tiny_model, tiny_processors
 from helpers import TINY_MODALITIES
 from transformers import ASTConfig, ASTModel, BertConfig, BertModel, DistilBertConfig, DistilBertModel
@@ -114,6 +115,40 @@ def test_sound_after_the_last_real_patch_is_not_heard():
     torch.testing.assert_close(first.pooled, second.pooled, rtol=0, atol=1e-6)
     heard = encoder({"fbank": other, "frames": torch.tensor([32])})
     assert not torch.allclose(heard.pooled, second.pooled, atol=1e-3)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("frames", [1, 9, 17, 48])
+def test_a_clip_is_heard_the_same_whatever_its_padding(frames, pooling):
+    settings = {"clip_seconds": 0.48, "num_mel_bins": 32, "patch_size": 16, "frequency_stride": 16, "time_stride": 8}
+    encoder = audio.Config(**settings, hidden_size=32, num_layers=2, num_heads=2, pooling=pooling).build_encoder()
+    fbank = torch.randn(1, frames, 32, generator=torch.Generator().manual_seed(frames))
+    real = min(-(-frames // 8), 5)  # patches of 16 frames that start every 8, in 48
+    heard = {
+        length: encoder.eval()({"fbank": F.pad(fbank, (0, 0, 0, length - frames)), "frames": torch.tensor([frames])})
+        for length in (frames, frames + 3, 48, 60)
+    }
+    assert heard[frames].tokens.shape == (1, real, 32) and heard[frames].mask.all()
+    assert heard[48].tokens.shape == heard[60].tokens.shape == (1, 5, 32)
+    for output in heard.values():
+        torch.testing.assert_close(output.pooled, heard[48].pooled, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.tokens[:, :real], heard[48].tokens[:, :real], rtol=0, atol=1e-5)
+        assert output.mask.sum() == real
+
+
+def test_short_clips_cost_few_tokens_and_no_clip_the_fewest():
+    encoder, processor = audio.Config().build_encoder(), audio.Config().build_processor()
+    inputs = processor.collate([{"fbank": torch.randn(frames, 64)} for frames in (30, 50)])
+    assert inputs["fbank"].shape == (2, 50, 64) and inputs["frames"].tolist() == [30, 50]
+    assert inputs["fbank"][0, 30:].eq(0).all()
+    assert encoder(inputs).mask.sum(1).tolist() == [4, 7]  # a patch starts every 8 frames
+    assert encoder(inputs).tokens.shape[1] == 7
+    assert encoder(encoder.minimal_inputs(torch.device("cpu"))).tokens.shape[1] == 1
+
+
+def test_weights_have_the_names_and_the_order_of_the_library_s():
+    encoder = audio.Config().build_encoder()
+    assert list(encoder.ast.state_dict()) == list(ASTModel(encoder.ast.config).state_dict())
 
 
 def test_a_fresh_ast_starts_with_tame_gradients():

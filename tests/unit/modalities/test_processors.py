@@ -4,12 +4,12 @@ import io
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from batches import tiny_model
 from helpers import picture_bytes, sound_bytes
 from PIL import Image
 from transformers import ASTFeatureExtractor
+from unit.modalities.members import noise, photograph, picture_file, sound_file
 
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities import audio, image, text
@@ -17,19 +17,9 @@ from mmfuse.modalities import audio, image, text
 MEMBERS = {"text": b"a red apple", "image": picture_bytes(1), "audio": sound_bytes(1)}
 
 
-def wav_bytes(values: np.ndarray, *, rate: int = 16_000, subtype: str = "FLOAT") -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, values, rate, format="WAV", subtype=subtype)
-    return file.getvalue()
-
-
-def noise(seconds: float) -> np.ndarray:
-    return (np.random.default_rng(0).standard_normal(int(seconds * 16_000)) * 0.1).astype(np.float32)
-
-
 def test_features_equal_the_reference_extractor():
     waveform = noise(2.0)
-    features = audio.Config(num_mel_bins=128, clip_seconds=2.56).build_processor()(wav_bytes(waveform), seed=None)
+    features = audio.Config(num_mel_bins=128, clip_seconds=2.56).build_processor()(sound_file(waveform), seed=None)
     reference = ASTFeatureExtractor(max_length=256)(waveform, sampling_rate=16_000, return_tensors="pt").input_values[0]
     frames = len(features["fbank"])
     assert frames == 198
@@ -52,10 +42,10 @@ def test_augmentation_is_a_function_of_the_seed_alone(modality):
 def test_a_long_recording_is_cropped_at_a_seeded_place_and_at_its_start_in_evaluation():
     processor = audio.Config(clip_seconds=0.8).build_processor()
     ramp = np.sin(np.cumsum(np.linspace(0.05, 1.5, 16_000 * 4))).astype(np.float32)
-    start = processor(wav_bytes(ramp), seed=None)["fbank"]
+    start = processor(sound_file(ramp), seed=None)["fbank"]
     assert len(start) == 80
-    assert torch.equal(start, processor(wav_bytes(ramp[:16_000]), seed=None)["fbank"])
-    loudest = {int(processor(wav_bytes(ramp), seed=seed)["fbank"].mean(0).argmax()) for seed in range(8)}
+    assert torch.equal(start, processor(sound_file(ramp[:16_000]), seed=None)["fbank"])
+    loudest = {int(processor(sound_file(ramp), seed=seed)["fbank"].mean(0).argmax()) for seed in range(8)}
     assert len(loudest) > 3  # the pitch tells the place
 
 
@@ -63,7 +53,7 @@ def test_a_sound_keeps_its_pitch_and_length_whatever_its_rate_and_channels():
     processor, features = audio.Config(clip_seconds=2.0).build_processor(), []
     for rate in (8_000, 16_000, 22_050, 44_100):
         tone = 0.3 * np.sin(2 * np.pi * 1_000 * np.arange(rate) / rate)
-        features.append(processor(wav_bytes(np.stack([tone, tone], 1), rate=rate), seed=None)["fbank"])
+        features.append(processor(sound_file(np.stack([tone, tone], 1), rate=rate), seed=None)["fbank"])
     assert {len(fbank) for fbank in features} == {98}
     assert len({int(fbank.mean(0).argmax()) for fbank in features}) == 1
 
@@ -79,7 +69,7 @@ def test_spectrogram_masks_stay_below_their_share_of_the_clip():
     augment = audio.AugmentConfig(speed=0, frequency_mask=0.25, time_mask=0.5)
     processor, widths = audio.Config(augment=augment).build_processor(), []
     for seed in range(40):
-        masked = processor(wav_bytes(noise(0.5)), seed=seed)["fbank"] == 0
+        masked = processor(sound_file(noise(0.5)), seed=seed)["fbank"] == 0
         widths.append((int(masked.all(1).sum()), int(masked.all(0).sum())))
     frames, bins = zip(*widths, strict=True)
     assert 18 < max(frames) <= 24 and 12 < max(bins) <= 16 and min(frames) < 6 and min(bins) < 4  # of 48 and 64
@@ -87,8 +77,8 @@ def test_spectrogram_masks_stay_below_their_share_of_the_clip():
 
 def test_random_damage_gives_features_or_a_sample_error():
     whole = {
-        image: [picture_bytes(1), encoded_picture("PNG"), encoded_picture("WEBP")],
-        audio: [sound_bytes(1), wav_bytes(noise(0.2), subtype="PCM_16"), wav_bytes(noise(0.2))],
+        image: [picture_bytes(1), picture_file(photograph(40, 40)), picture_file(photograph(40, 40), "WEBP")],
+        audio: [sound_bytes(1), sound_file(noise(0.2), subtype="PCM_16"), sound_file(noise(0.2))],
     }
     outcomes, random = {"decoded": 0, "refused": 0}, np.random.default_rng(0)
     for module, files in whole.items():
@@ -107,12 +97,6 @@ def test_random_damage_gives_features_or_a_sample_error():
     assert min(outcomes.values()) > 50
 
 
-def encoded_picture(kind: str) -> bytes:
-    file = io.BytesIO()
-    Image.open(io.BytesIO(picture_bytes(2))).save(file, kind)
-    return file.getvalue()
-
-
 def test_what_is_not_what_it_says_is_refused():
     picture, sound, words = image.Config(max_pixels=50_000), audio.Config(max_seconds=3.0), text.Config()
     big, thin, animation = io.BytesIO(), io.BytesIO(), io.BytesIO()
@@ -128,12 +112,12 @@ def test_what_is_not_what_it_says_is_refused():
         (picture, thin.getvalue(), "1 x 20000 pixels is too thin"),
         (picture, animation.getvalue(), "not a readable"),
         (sound, b"RIFFxxxx", "not a readable"),
-        (sound, wav_bytes(noise(4.0)), "exceeds max_seconds = 3.0"),
-        (sound, wav_bytes(bad), "not finite"),
-        (sound, wav_bytes(noise(0.01)), "shorter than one frame"),
-        (sound, wav_bytes(noise(0)), "empty"),
-        (sound, wav_bytes(np.full(9000, 1e38)), "too large"),
-        (sound, wav_bytes(noise(0.1), rate=16_001), "resample the file"),
+        (sound, sound_file(noise(4.0)), "exceeds max_seconds = 3.0"),
+        (sound, sound_file(bad), "not finite"),
+        (sound, sound_file(noise(0.01)), "shorter than one frame"),
+        (sound, sound_file(noise(0)), "empty"),
+        (sound, sound_file(np.full(9000, 1e38)), "too large"),
+        (sound, sound_file(noise(0.1), rate=16_001), "resample the file"),
         (words, b"\xff\xfe", "not UTF-8"),
         (words, b"  \n", "empty"),
     ]:
@@ -160,3 +144,16 @@ def test_a_tokenizer_from_a_local_folder_gives_the_same_ids(tmp_path):
 def test_a_vocabulary_larger_than_the_embedding_is_refused():
     with pytest.raises(ConfigError, match="vocab_size is 100, but tokenizer 'tiny' has 6368"):
         text.Config(vocab_size=100).build_processor()
+
+
+def test_huge_texts_are_cut_before_they_are_tokenized():
+    processor = text.Config(max_tokens=4, max_bytes_per_token=5).build_processor()
+    for characters in ("a" * 19, "é" * 9 + "aé", "apple " * 4_000_000):  # cut at 20 bytes, once inside the last é
+        data = characters.encode()
+        whole = data[:20].decode(errors="ignore")
+        expected = processor.tokenizer(whole, truncation=True, max_length=4)["input_ids"]
+        assert processor(b" \n" * 20 + data, seed=None)["input_ids"].tolist() == expected
+    with pytest.raises(SampleError, match="not UTF-8"):
+        processor(b"a\xff" + b"a" * 50, seed=None)
+    with pytest.raises(SampleError, match="not UTF-8"):
+        processor(b"a\xc3", seed=None)  # its own end, not ours, is inside a character

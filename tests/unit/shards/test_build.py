@@ -1,104 +1,36 @@
-"""Tables and folders become shards: the right bytes, whatever the processes and interruptions, and nothing lost."""
+"""Shards have the right bytes, whatever the processes, seeds and interruptions, and nothing is lost on the way."""
 
 import csv
 import fcntl
-import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import webdataset
-from helpers import picture_bytes, sound_bytes
+from unit.shards.built_sets import (
+    build,
+    captions_table,
+    media_table,
+    read_indexed,
+    read_problems,
+    read_tars,
+    read_webdataset,
+    tar_bytes,
+    write_csv,
+)
 
 from mmfuse.data.mixture import SourceConfig, open_source
 from mmfuse.data.shard_index import ShardIndex
 from mmfuse.errors import ConfigError, DataError
-from mmfuse.shards.build import BuildConfig, build_shards
-from mmfuse.shards.output import Progress
-
-Samples = dict[str, dict[str, bytes]]
-
-
-def build(*inputs: Path, to: Path, jobs: int = 1, **settings) -> Progress:
-    """The last event of a whole build called `set`."""
-    config = BuildConfig.model_validate({"name": "set", **settings})
-    *_, last = build_shards(inputs, to, config=config, jobs=jobs)
-    assert last.samples + last.left_out == last.rows
-    return last
-
-
-def write_csv(path: Path, header: str, rows: Iterable[Iterable[object]]) -> Path:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header.split(), *rows])
-    return path
-
-
-def media_table(folder: Path, *, rows: int = 20) -> Path:
-    """A table in which every third row has no picture and every fourth no sound; captions are there always."""
-    folder.mkdir(exist_ok=True)
-    sounds = [sound_bytes(n) for n in range(3)]
-    lines = []
-    for n in range(rows):
-        (folder / f"{n}.JPG").write_bytes(picture_bytes(n))
-        (folder / f"{n}.ogg").write_bytes(sounds[n % 3])
-        captions = json.dumps([f"thing {n}", f"another name,\nof {n}"])
-        lines.append([f"{n}.JPG" if n % 3 else "", f"{n}.ogg" if n % 4 else "", captions])
-    return write_csv(folder / "table.csv", "image audio caption", lines)
-
-
-def read_tars(folder: Path, pattern: str = "*.tar") -> Samples:
-    """By key and extension, as Python's tarfile reads them."""
-    samples: Samples = {}
-    for shard in sorted(folder.glob(pattern)):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    return samples
-
-
-def read_indexed(folder: Path) -> Samples:
-    """The same, as our index finds them."""
-    samples: Samples = {}
-    for shard in sorted(folder.glob("*.tar")):
-        data, index = shard.read_bytes(), ShardIndex(Path(f"{shard}.mmindex"))
-        for number in range(len(index)):
-            sample = index.sample(number)
-            samples[sample.key] = {e: data[start : start + size] for e, (start, size) in sample.members.items()}
-    return samples
-
-
-def read_webdataset(folder: Path) -> Samples:
-    """The same, as the webdataset library reads them."""
-    shards = sorted(map(str, folder.glob("*.tar")))
-    samples = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
-    return {s["__key__"]: {e: data for e, data in s.items() if not e.startswith("__")} for s in samples}
-
-
-def tar_bytes(folder: Path) -> dict[str, bytes]:
-    return {shard.name: shard.read_bytes() for shard in folder.glob("*.tar")}
-
-
-def problems(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "build_problems.jsonl").read_text().splitlines()]
-
-
-def captions_only(folder: Path, keys: Iterable[str], name: str = "table.csv") -> Path:
-    folder.mkdir(exist_ok=True)
-    return write_csv(folder / name, "key caption", [[key, f"thing {key}"] for key in keys])
 
 
 def test_a_table_becomes_tars_that_every_reader_reads_alike_and_that_can_be_trained_on(tmp_path: Path) -> None:
     last = build(media_table(tmp_path / "in"), to=tmp_path / "out", samples_per_shard=6)
-    expected: Samples = {}
+    expected = {}
     for n in range(20):
         members = {"txt": f"thing {n}\nanother name, of {n}\n".encode()}
         members |= {"jpg": (tmp_path / f"in/{n}.JPG").read_bytes()} if n % 3 else {}
@@ -108,26 +40,11 @@ def test_a_table_becomes_tars_that_every_reader_reads_alike_and_that_can_be_trai
     assert read_webdataset(tmp_path / "out") == expected
     assert (last.rows, last.samples, last.shards, last.problems) == (20, 20, 4, 0)
     assert [len(ShardIndex(p)) for p in sorted((tmp_path / "out").glob("*.mmindex"))] == [5, 5, 5, 5]
-    assert problems(tmp_path / "out") == []
+    assert read_problems(tmp_path / "out") == []
     source = open_source(SourceConfig(recipe=str(last.recipe)), modalities=("image", "text", "audio"))
     assert len(source) == 20
     assert source.rules["text"].captions == "lines"
     assert source.rules["image"].extensions == ("jpg",)
-
-
-def test_csv_jsonl_and_parquet_of_one_content_give_the_same_tars(tmp_path: Path) -> None:
-    table = media_table(tmp_path / "in", rows=7)
-    build(table, to=tmp_path / "csv")
-    with open(table, newline="") as lines:
-        rows = [{name: value or None for name, value in row.items()} for row in csv.DictReader(lines)]
-    rows = [row | {"caption": json.loads(row["caption"])} for row in rows]
-    (tmp_path / "in/table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build(tmp_path / "in/table.jsonl", to=tmp_path / "jsonl")
-    whole = pyarrow.Table.from_pylist(rows)
-    pyarrow.parquet.write_table(whole.slice(0, 4), tmp_path / "in/a.parquet", row_group_size=2)
-    pyarrow.parquet.write_table(whole.slice(4), tmp_path / "in/b.parquet")
-    build(tmp_path / "in/a.parquet", tmp_path / "in/b.parquet", to=tmp_path / "parquet")
-    assert tar_bytes(tmp_path / "csv") == tar_bytes(tmp_path / "jsonl") == tar_bytes(tmp_path / "parquet")
 
 
 def test_one_process_and_two_write_the_same_bytes_and_only_the_seed_changes_the_order(tmp_path: Path) -> None:
@@ -142,7 +59,7 @@ def test_one_process_and_two_write_the_same_bytes_and_only_the_seed_changes_the_
 
 
 def test_members_have_neither_owner_nor_time(tmp_path: Path) -> None:
-    build(captions_only(tmp_path / "in", "ab"), to=tmp_path / "out")
+    build(captions_table(tmp_path / "in", "ab"), to=tmp_path / "out")
     with tarfile.open(tmp_path / "out/set-000000.tar") as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
 
@@ -183,10 +100,17 @@ def test_a_killed_build_goes_on_to_the_same_bytes_and_keeps_what_was_done(tmp_pa
     last = build(table, to=out, **settings)
     assert tar_bytes(out) == tar_bytes(tmp_path / "whole")
     assert (out / "set.yaml").read_bytes() == (tmp_path / "whole/set.yaml").read_bytes()
-    assert problems(out) == problems(tmp_path / "whole") and last.problems == 1
+    assert read_problems(out) == read_problems(tmp_path / "whole") and last.problems == 1
     written_again = [shard for shard, inode in kept.items() if shard.stat().st_ino != inode]
     assert len(written_again) <= 4, "at most those that two workers had finished and nobody had listed"
     assert not (out / "build.tmp").exists()
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_a_finished_build_writes_nothing_and_a_lost_shard_comes_back(tmp_path: Path) -> None:
@@ -232,7 +156,7 @@ def test_missing_and_unreadable_files_are_left_out_and_all_told(tmp_path: Path) 
         build(table, to=tmp_path / "out", max_problem_ratio=0.2)
     last = build(table, to=tmp_path / "out", max_problem_ratio=0.5)
     assert (last.rows, last.samples, last.left_out, last.problems) == (16, 14, 2, 8)
-    told = {(p["row"], p["column"], p["reason"]) for p in problems(tmp_path / "out")}
+    told = {(p["row"], p["column"], p["reason"]) for p in read_problems(tmp_path / "out")}
     known = ".jpg .jpeg .png .webp"
     assert told == {
         (1, "image", "cannot be read: No such file or directory"),
@@ -279,7 +203,7 @@ def test_another_plan_in_the_folder_is_refused_and_named(tmp_path: Path) -> None
 
 
 def test_files_that_no_plan_accounts_for_are_not_overwritten(tmp_path: Path) -> None:
-    table, out = captions_only(tmp_path / "in", "ab"), tmp_path / "out"
+    table, out = captions_table(tmp_path / "in", "ab"), tmp_path / "out"
     out.mkdir()
     (out / "set-000000.tar").write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"has a file set-000000.tar, but no build.json"):
@@ -288,7 +212,7 @@ def test_files_that_no_plan_accounts_for_are_not_overwritten(tmp_path: Path) -> 
 
 
 def test_two_builds_do_not_write_to_one_folder(tmp_path: Path) -> None:
-    table, out = captions_only(tmp_path / "in", "ab"), tmp_path / "out"
+    table, out = captions_table(tmp_path / "in", "ab"), tmp_path / "out"
     out.mkdir()
     with open(out / "build_shards.jsonl", "wb") as records:
         fcntl.flock(records, fcntl.LOCK_EX)
@@ -297,52 +221,9 @@ def test_two_builds_do_not_write_to_one_folder(tmp_path: Path) -> None:
     assert build(table, to=out).samples == 2
 
 
-def test_keys_lose_their_dots_and_double_ones_their_later_rows(tmp_path: Path) -> None:
-    keys = ["a.b", "a_b", "n01/x.jpg", "./c", "..", "", "__x__/y", "d", "d", "u\n"]
-    table = captions_only(tmp_path / "in", keys)
-    last = build(table, to=tmp_path / "out", table={"key": "key"}, max_problem_ratio=1)
-    assert read_indexed(tmp_path / "out").keys() == read_webdataset(tmp_path / "out").keys()
-    assert read_tars(tmp_path / "out").keys() == {"a_b", "n01/x_jpg", "c", "d", "u"}
-    assert read_tars(tmp_path / "out")["a_b"] == {"txt": b"thing a.b\n"}
-    reasons = {p["row"]: p["reason"] for p in problems(tmp_path / "out")}
-    assert reasons.keys() == {1, 4, 5, 6, 8} and last.left_out == 5
-    assert reasons[1] == "has the key 'a_b' of row 0"
-    assert "empty or leads out" in reasons[4] and "empty or leads out" in reasons[5]
-    assert "webdataset skips" in reasons[6]
-
-
-def test_captions_come_from_several_columns_and_lists_and_others_are_kept_as_json(tmp_path: Path) -> None:
-    rows = [
-        {"a": "one", "b": ["two", None, "  three \n lines "], "url": "u0", "n": 1.5},
-        {"a": "[laughs] not a list", "b": None, "url": None, "n": float("nan")},
-        {"a": ["x"], "b": {"no": "caption"}, "url": "u2", "n": 3},
-        {"a": "", "b": [], "url": "u3", "n": 4},
-    ]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n\n[1]\n")
-    columns = {"captions": ["a", "b"], "keep": ["url", "n"]}
-    last = build(tmp_path / "t.jsonl", to=tmp_path / "out", table=columns, max_problem_ratio=1)
-    samples = read_tars(tmp_path / "out")
-    assert [samples[f"{n:09d}"]["txt"] for n in range(3)] == [
-        b"one\ntwo\nthree lines\n",
-        b"[laughs] not a list\n",
-        b"x\n",
-    ]
-    assert [json.loads(samples[f"{n:09d}"]["json"]) for n in range(2)] == [
-        {"url": "u0", "n": 1.5},
-        {"url": None, "n": None},
-    ]
-    assert (last.rows, last.samples, last.left_out) == (6, 3, 3)
-    assert [(p["row"], p["reason"]) for p in problems(tmp_path / "out")] == [
-        (2, "holds a dict, not a caption"),
-        (3, "holds no member: all its cells are empty"),
-        (4, "is not JSON"),
-        (5, "is no JSON object"),
-    ]
-
-
 def test_the_validation_split_is_chosen_by_key_so_that_more_rows_move_none(tmp_path: Path) -> None:
     keys = [f"k{n}" for n in range(400)]
-    few, many = (captions_only(tmp_path / "in", keys[:count], f"{count}.csv") for count in (300, 400))
+    few, many = (captions_table(tmp_path / "in", keys[:count], f"{count}.csv") for count in (300, 400))
     for table in (few, many):
         build(table, to=tmp_path / table.stem, table={"key": "key"}, validation_ratio=0.2)
     parts = {
@@ -367,105 +248,3 @@ def test_shards_are_about_as_large_as_asked_for(tmp_path: Path) -> None:
     last = build(folder, to=tmp_path / "out", shard_mib=0.25)
     sizes = [shard.stat().st_size / 2**20 for shard in (tmp_path / "out").glob("*.tar")]
     assert last.shards == 9 and all(0.17 < size < 0.3 for size in sizes)
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def test_files_of_one_stem_in_a_folder_or_below_are_one_sample(tmp_path: Path) -> None:
-    files = {"a/1.jpg": b"j", "a/1.txt": b"t", "a/1.JSON": b"{}", "a-b/1.wav": b"w", "2.v1.png": b"p", ".x/y.txt": b"h"}
-    folder = write_files(tmp_path / "in", files | {"a/.DS_Store": b"h", "a/1/2.txt": b"deep"})
-    assert build(folder, to=tmp_path / "out", shuffle=False).samples == 4
-    assert read_tars(tmp_path / "out") == read_indexed(tmp_path / "out")
-    assert read_tars(tmp_path / "out") == {
-        "2_v1": {"png": b"p"},
-        "a/1": {"jpg": b"j", "json": b"{}", "txt": b"t"},
-        "a/1/2": {"txt": b"deep"},
-        "a-b/1": {"wav": b"w"},
-    }
-
-
-def test_files_that_no_modality_reads_are_refused_with_what_is_read(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "in", {"1.jpg": b"j", "1.gif": b"g", "2.gif": b"g", "README": b"r"})
-    with pytest.raises(ConfigError, match=r"2 \*\.gif, 1 README; remove or ignore them. Known are \.flac \.jpeg \.jpg"):
-        build(folder, to=tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*"))
-    last = build(folder, to=tmp_path / "out", folder={"ignore": ["*.gif", "README"]})
-    assert read_tars(tmp_path / "out") == {"1": {"jpg": b"j"}} and last.rows == 1
-
-
-def test_parallel_folders_are_joined_by_stem(tmp_path: Path) -> None:
-    files = {f"images/{n}.jpg": b"j%d" % n for n in (1, 2, 10)} | {f"captions/{n}.txt": b"t" for n in (2, 10, 3)}
-    folder = write_files(tmp_path / "in", files | {"images/x/1.jpg": b"jx", "captions/x/1.txt": b"tx"})
-    build(folder, to=tmp_path / "out", folder={"layout": "parallel"})
-    assert read_tars(tmp_path / "out") == {
-        "1": {"jpg": b"j1"},
-        "2": {"jpg": b"j2", "txt": b"t"},
-        "3": {"txt": b"t"},
-        "10": {"jpg": b"j10", "txt": b"t"},
-        "x/1": {"jpg": b"jx", "txt": b"tx"},
-    }
-
-
-def test_folders_of_classes_give_captions_and_groups(tmp_path: Path) -> None:
-    files = {"red_fox/1.jpg": b"1", "red_fox/2.jpg": b"2", "cat/1.jpg": b"3", "cat/9.jpg": b"4", "cat/9.txt": b"own"}
-    folder = write_files(tmp_path / "in", files)
-    last = build(folder, to=tmp_path / "out", folder={"caption": "a photo of a {}"})
-    captions = {key: members["txt"] for key, members in read_tars(tmp_path / "out").items()}
-    fox, cat = b"a photo of a red fox\n", b"a photo of a cat\n"
-    assert captions == {"red_fox/1": fox, "red_fox/2": fox, "cat/1": cat, "cat/9": b"own"}
-    source = open_source(SourceConfig(recipe=str(last.recipe)), modalities=("image", "text"))
-    groups = [(raw.key.partition("/")[0], raw.group) for raw in map(source.read, range(4))]
-    assert sorted(groups) == [("cat", "cat"), ("cat", "cat"), ("red_fox", "red_fox"), ("red_fox", "red_fox")]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"table": {"captions": ["captoin"]}}, r"has no column 'captoin'; did you mean 'caption'\?"),
-        ({"table": {"paths": {"imgae": "key"}}}, r"no modality 'imgae'; did you mean 'image'\?"),
-        ({"table": {"paths": {"text": "key"}, "captions": ["caption"]}}, "a sample has one member .txt"),
-        ({"folder": {"layout": "parallel"}}, "is a table, but settings for a folder are given"),
-        ({"validation_ratio": 0.0001}, "leaves one split empty"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
-    tmp_path: Path, settings: dict, message: str
-) -> None:
-    table = captions_only(tmp_path / "in", "abc")
-    with pytest.raises(ConfigError, match=message):
-        build(table, to=tmp_path / "out", **settings)
-    assert not list((tmp_path / "out").glob("*.tar"))
-
-
-def test_what_is_no_table_or_a_broken_one_is_named(tmp_path: Path) -> None:
-    (tmp_path / "t.xlsx").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"t.xlsx: is no table of a known format \(.csv"):
-        build(tmp_path / "t.xlsx", to=tmp_path / "out")
-    (tmp_path / "t.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"t.parquet: cannot be read"):
-        build(tmp_path / "t.parquet", to=tmp_path / "out")
-    (tmp_path / "t.csv").write_text('caption\n"opened\nand never closed\n')
-    with pytest.raises(DataError, match=r"t.csv: cannot be read after line 3: unexpected end of data"):
-        build(tmp_path / "t.csv", to=tmp_path / "out")
-    (tmp_path / "u.csv").write_text("caption,image\nfine,\none,,more\n")
-    assert build(tmp_path / "u.csv", to=tmp_path / "out", max_problem_ratio=0.5).samples == 1
-    assert problems(tmp_path / "out")[0]["reason"] == "has 3 cells, the header has 2"
-
-
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    (tmp_path / "t.parquet").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"pip install 'mmfuse\[parquet\]'"):
-        build(tmp_path / "t.parquet", to=tmp_path / "out")
-
-
-def is_running(pid: str) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False

@@ -143,7 +143,7 @@ def test_quarantined_samples_are_not_dealt_any_more_and_come_back_when_forced(tm
 def test_bad_samples_of_strangers_are_refused(tmp_path: Path) -> None:
     recipe = write_data_set(tmp_path / "set", modalities=["text"])
     shards = find_split(load_recipe(str(recipe))[0], "train", place=recipe)
-    with pytest.raises(DataError, match="elsewhere.tar: not among the shards"):
+    with pytest.raises(DataError, match=r"elsewhere.tar: not among the shards"):
         list(skip_samples(shards, {"elsewhere.tar": {"1"}}))
     with pytest.raises(DataError, match="1 of the bad samples are not in it"):
         list(skip_samples(shards, {shards[0].shown: {"0001", "9"}}))
