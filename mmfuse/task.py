@@ -38,10 +38,11 @@ class Task(nn.Module):
         loss = 0.0 * torch.stack(list(encoded.embeddings.values())).sum()
         if fused is not None:
             loss = loss + 0.0 * fused.embedding.sum()
-        terms = {}
+        terms, row_losses = {}, {}
         for name, objective in self.objectives.items():
             assert isinstance(objective, Objective)
-            for term, value in objective(inputs).items():
-                loss = loss + self.weights[name] * value
-                terms[f"{name}/{term}" if term != name else name] = value.detach()
-        return StepOutput(loss, terms)
+            for part, term in objective(inputs).items():
+                loss = loss + self.weights[name] * term.loss
+                shown = f"{name}/{part}" if part != name else name
+                terms[shown], row_losses[shown] = term.loss.detach(), (term.rows, term.row_losses)
+        return StepOutput(loss, terms, row_losses)

@@ -145,3 +145,5 @@ class StepOutput(NamedTuple):
     """Scalar whose mean over ranks is the loss of the global batch."""
     terms: dict[str, Tensor]
     """Detached parts of the loss before weighting, by `objective/term`."""
+    row_losses: dict[str, tuple[Tensor, Tensor]]
+    """Of each term, the rows of this rank's batch that it is taken over, and what they contribute, both `(n,)`."""

@@ -4,6 +4,7 @@ Debian: `apt-get install nginx-light libnginx-mod-http-lua`; the S3 server is th
 """
 
 import contextlib
+import ctypes
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -150,7 +152,12 @@ class Process:
     def start(self) -> None:
         with open(self.folder / "output.log", "ab") as log:
             self._process = subprocess.Popen(
-                self.command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+                self.command,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         deadline = time.monotonic() + 60
         while not _listens(self.port):
@@ -265,6 +272,12 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def _end_with_parent() -> None:
+    """Asks the kernel to end this process with the thread that started it, also where tests are killed."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _listens(port: int) -> bool:

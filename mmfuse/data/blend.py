@@ -74,11 +74,11 @@ class Schedule:
         """Blends with the slot from which each holds; the first at 0."""
         self.starts = np.array([start for start, _ in blends], dtype=np.int64)
         self.blends = [blend for _, blend in blends]
-        self.first_turn = np.arange(lanes) * PERIOD // lanes
+        self.first_turns = [_spread_lanes(blend, lanes) for blend in self.blends]
         drawn = np.zeros((lanes, len(self.blends[0].counts)), dtype=np.int64)
         self.drawn_before = [drawn]
-        for (start, blend), (stop, _) in itertools.pairwise(blends):
-            drawn = drawn + self._within(blend, slots=stop - start)
+        for number, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
+            drawn = drawn + self._within(number, slots=stop - start)
             self.drawn_before.append(drawn)
 
     def at(self, lane: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +87,7 @@ class Schedule:
         segment = np.searchsorted(self.starts, slot, side="right") - 1
         for number in np.unique(segment):
             here = segment == number
-            blend, first = self.blends[number], self.first_turn[lane[here]]
+            blend, first = self.blends[number], self.first_turns[number][lane[here]]
             turn = first + slot[here] - self.starts[number]
             owner[here] = blend.owner(turn)
             done = blend.drawn(turn, owner[here]) - blend.drawn(first, owner[here])
@@ -97,17 +97,42 @@ class Schedule:
     def drawn(self, slot: int) -> np.ndarray:
         """How often each lane drew from each owner before `slot`: int64 `(lanes, owners)`."""
         number = int(np.searchsorted(self.starts, slot, side="right")) - 1
-        return self.drawn_before[number] + self._within(self.blends[number], slots=slot - int(self.starts[number]))
+        return self.drawn_before[number] + self._within(number, slots=slot - int(self.starts[number]))
 
     def slot_of(self, lane: int, owner: int, draw: int) -> int:
         """The slot of a lane in which an owner's draw comes."""
         drawn = [int(before[lane, owner]) for before in self.drawn_before]
         number = int(np.searchsorted(drawn, draw, side="right")) - 1
-        blend, first = self.blends[number], int(self.first_turn[lane])
+        blend, first = self.blends[number], int(self.first_turns[number][lane])
         skipped = int(blend.drawn(np.array(first), np.array(owner)))
         return int(self.starts[number]) + blend.turn_of(draw - drawn[number] + skipped, owner) - first
 
-    def _within(self, blend: Blend, *, slots: int) -> np.ndarray:
+    def _within(self, segment: int, *, slots: int) -> np.ndarray:
         """Draws of `slots` slots from the start of a segment: int64 `(lanes, owners)`."""
-        first, owners = self.first_turn[:, None], np.arange(len(blend.counts))
+        blend, first = self.blends[segment], self.first_turns[segment][:, None]
+        owners = np.arange(len(blend.counts))
         return blend.drawn(first + slots, owners) - blend.drawn(first, owners)
+
+
+_STRIDES = (0, 1, 3, 7, 10_007, 25_033, 40_507, 57_073)
+"""What is added to the even distance of lanes; some are primes, which are in step with no simple weights."""
+_TRIED_SLOTS = 2048
+
+
+def _spread_lanes(blend: Blend, lanes: int) -> np.ndarray:
+    """The turn at which each lane begins, so that the lanes' draws at any slot are a fair sample of the table.
+
+    No distance suits every table: with weights 1 to 3 and lanes a multiple of four turns apart, all lanes would draw
+    from the same source at the same time. So a few are tried, and the fairest is taken.
+    """
+    slots, lane, owners = np.arange(_TRIED_SLOTS)[:, None], np.arange(lanes), len(blend.counts)
+    expected = blend.counts * lanes / PERIOD
+    best, least = lane, np.inf
+    for stride in _STRIDES:
+        first = lane * (PERIOD // lanes + stride) % PERIOD
+        drawn = blend.owner(slots + first) + slots * owners
+        counts = np.bincount(drawn.ravel(), minlength=_TRIED_SLOTS * owners).reshape(_TRIED_SLOTS, owners)
+        unfair = float(((counts - expected) ** 2).sum())
+        if unfair < least:
+            best, least = first, unfair
+    return best

@@ -1,5 +1,8 @@
 """Members -> a sample, seeded by what the sample is, so that workers, retries and resumes give the same tensors."""
 
+import torch
+from torch import Tensor
+
 from mmfuse.data.captions import choose_caption
 from mmfuse.data.source import RawSample, Source
 from mmfuse.errors import SampleError
@@ -9,6 +12,11 @@ from mmfuse.types import Fault, Sample, SampleRef
 
 SOURCE_BITS = 48
 """A sample id is `source << SOURCE_BITS | number`."""
+
+
+def source_of(sample_id: Tensor, *, num_sources: int) -> Tensor:
+    """Which source of a mixture each sample is from, whatever its length bucket: int64 `(n,)` both."""
+    return torch.div(sample_id, 1 << SOURCE_BITS, rounding_mode="floor") % num_sources
 
 
 class SampleDecoder:

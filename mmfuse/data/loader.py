@@ -106,6 +106,9 @@ def load_batches(
         prefetch_factor=prefetch_batches if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
+        # Each start of a loader draws a number. From torch's own generator, it would shift the dropout of a run's first
+        # step, which a resumed run has elsewhere.
+        generator=torch.Generator(),
     )
     for item in loader:
         if isinstance(item, MmfuseError):

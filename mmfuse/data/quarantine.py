@@ -3,11 +3,10 @@
 from collections import Counter
 from typing import NamedTuple
 
-import torch
 from pydantic import Field, PositiveInt
 
 from mmfuse.config import Settings
-from mmfuse.data.decode import SOURCE_BITS
+from mmfuse.data.decode import source_of
 from mmfuse.errors import DataError
 from mmfuse.types import Batch, Fault
 
@@ -52,8 +51,8 @@ class Quarantine:
         """
         faults: dict[str, Fault] = {f"{fault.shard}/{fault.key}": fault for fault in batch.faults}
         self.kinds.update((fault.source, fault.kind) for fault in batch.faults)
-        sources = torch.div(batch.sample_id, 1 << SOURCE_BITS, rounding_mode="floor") % len(self.names)
-        for source, key in zip(sources.tolist(), batch.keys, strict=True):
+        sources = source_of(batch.sample_id, num_sources=len(self.names)).tolist()
+        for source, key in zip(sources, batch.keys, strict=True):
             self._samples[source] += 1
             fault = faults.get(key) if faults else None
             self._masked[source] += fault is not None and not fault.lost

@@ -29,11 +29,22 @@ class StepInputs(NamedTuple):
     """The batch as it came; null where no objective reads it."""
 
 
+class Term(NamedTuple):
+    """One part of the loss."""
+
+    loss: Tensor
+    """Scalar whose mean over ranks is the value of the global batch."""
+    rows: Tensor
+    """int64 `(n,)`: the rows of this rank's batch that it is taken over; a row may come more than once."""
+    row_losses: Tensor
+    """`(n,)`, detached: what each contributes. Their mean over all ranks is the value of the global batch too."""
+
+
 class Objective(nn.Module):
     """Terms of the loss, with their own heads and scales."""
 
-    def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
-        """Scalars by name; the objective's loss is their sum."""
+    def forward(self, inputs: StepInputs) -> dict[str, Term]:
+        """Terms by name; the objective's loss is their sum."""
         raise NotImplementedError
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmfuse.distributed import gather_rows, rank, slice_of_rank, world_size
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
+from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 LARGEST_LOGIT_SCALE = math.log(100)
@@ -59,7 +59,7 @@ class Contrastive(Objective):
         # Not 0-dimensional: DeepSpeed refuses such parameters.
         self.logit_scale = nn.Parameter(torch.full((len(weights),), INITIAL_LOGIT_SCALE))
 
-    def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
+    def forward(self, inputs: StepInputs) -> dict[str, Term]:
         batch, embeddings = inputs.batch, inputs.encoded.embeddings
         rows = GlobalRows.of(inputs)
         everyone = dict(
@@ -70,10 +70,10 @@ class Contrastive(Objective):
         terms = {}
         for scale, ((a, b), weight) in zip(scales, self.weights.items(), strict=True):
             column_a, column_b = present[:, batch.modalities.index(a)], present[:, batch.modalities.index(b)]
-            loss = info_nce(
+            term = info_nce(
                 (embeddings[a], embeddings[b]), (everyone[a], everyone[b]), (column_a, column_b), scale, rows
             )
-            terms[f"{a}-{b}"] = weight * loss
+            terms[f"{a}-{b}"] = Term(weight * term.loss, term.rows, weight * term.row_losses)
         return terms
 
 
@@ -99,8 +99,8 @@ def info_nce(
     present: tuple[Tensor, Tensor],
     scale: Tensor,
     rows: GlobalRows,
-) -> Tensor:
-    """Symmetric InfoNCE of two sides; its mean over ranks is the loss of the global batch.
+) -> Term:
+    """Symmetric InfoNCE of two sides.
 
     Args:
         own: both sides' embeddings of this rank, `(B, E)`, L2-normalised.
@@ -111,15 +111,15 @@ def info_nce(
     paired_G = present[0] & present[1]
     queries = paired_G[rows.own].nonzero()[:, 0]
     places = rows.own[queries]
-    total = scale.new_zeros(())
+    losses_n = scale.new_zeros(len(queries))
     for query, candidate in ((0, 1), (1, 0)):
         with torch.autocast(scale.device.type, enabled=False):  # bf16 would err by 0.25 at a logit of 100
             logits_nG = scale * own[query][queries] @ everyone[candidate].T
         forbidden_nG = ~present[candidate] | (rows.group_G[places, None] == rows.group_G)
         forbidden_nG[torch.arange(len(places), device=places.device), places] = False
         logits_nG = logits_nG.masked_fill(forbidden_nG, -torch.inf)
-        total = total + F.cross_entropy(logits_nG, places, reduction="sum") / 2
-    return total * world_size() / paired_G.sum().clamp(min=1)
+        losses_n = losses_n + F.cross_entropy(logits_nG, places, reduction="none") / 2
+    return Term(losses_n.sum() * world_size() / paired_G.sum().clamp(min=1), queries, losses_n.detach())
 
 
 def gather_embeddings(embeddings: list[Tensor], *, global_rows: int) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmfuse.distributed import gather_rows
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
+from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
 from mmfuse.objectives.contrastive import (
     INITIAL_LOGIT_SCALE,
     GlobalRows,
@@ -41,7 +41,7 @@ class LeaveOneOut(Objective):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.full((num_modalities,), INITIAL_LOGIT_SCALE))
 
-    def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
+    def forward(self, inputs: StepInputs) -> dict[str, Term]:
         batch, embeddings = inputs.batch, list(inputs.encoded.embeddings.values())
         complete = batch.present.all(1)
         fused = inputs.model.fuse(_without_each(inputs.encoded.token_batch, complete)).embedding
@@ -59,7 +59,7 @@ class LeaveOneOut(Objective):
         gathered = gather_embeddings(embeddings + mixed, global_rows=batch.global_rows)
         present = gather_rows(batch.present, global_rows=batch.global_rows)
         everyone_complete = present.all(1)
-        losses = [
+        terms = [
             info_nce(
                 (mixed[number], embeddings[number]),
                 (gathered[len(embeddings) + number], gathered[number]),
@@ -69,7 +69,9 @@ class LeaveOneOut(Objective):
             )
             for number, scale in enumerate(exp_clamped(self.logit_scale))
         ]
-        return {"leave_one_out": torch.stack(losses).mean()}
+        loss = torch.stack([term.loss for term in terms]).mean()
+        rows, row_losses = (torch.cat(parts) for parts in zip(*(term[1:] for term in terms), strict=True))
+        return {"leave_one_out": Term(loss, rows, row_losses)}
 
 
 def _without_each(batch: TokenBatch, complete: Tensor) -> TokenBatch:

@@ -14,7 +14,7 @@ from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.modalities import text
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
+from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
 from mmfuse.randomness import keyed_uniform
 from mmfuse.types import ModalityBatch
 
@@ -49,7 +49,7 @@ class MaskedLanguage(Objective):
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.decoder = nn.Linear(width, self.vocab_size)
 
-    def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
+    def forward(self, inputs: StepInputs) -> dict[str, Term]:
         model, batch = inputs.model, inputs.batch
         part = batch.inputs.get("text")
         masked_part, targets_nL = None, torch.zeros(0, 1, dtype=torch.int64, device=batch.present.device)
@@ -61,9 +61,10 @@ class MaskedLanguage(Objective):
         fused = model.fuse(source._replace(tokens={**source.tokens, "text": tokens}))
         predicted_nL = targets_nL >= 0
         logits_mV = at_least_fp32(self.decoder(self.transform(fused.tokens["text"][predicted_nL])))
-        total = F.cross_entropy(logits_mV, targets_nL[predicted_nL], reduction="sum")
-        count = sum_over_ranks(predicted_nL.sum())
-        return {"masked_language": total * world_size() / count.clamp(min=1)}
+        losses_m = F.cross_entropy(logits_mV, targets_nL[predicted_nL], reduction="none")
+        loss = losses_m.sum() * world_size() / sum_over_ranks(predicted_nL.sum()).clamp(min=1)
+        text_rows = part.rows if part is not None else predicted_nL.new_zeros(0, dtype=torch.int64)
+        return {"masked_language": Term(loss, text_rows[predicted_nL.nonzero()[:, 0]], losses_m.detach())}
 
     def _mask(self, part: ModalityBatch, sample_id: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Ids with the chosen tokens changed (80% [MASK], 10% random, 10% kept), and targets, -1 elsewhere."""

@@ -20,7 +20,7 @@ from mmfuse.distributed import fetch_rows, gather_rows, sum_over_ranks, world_si
 from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
+from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
 from mmfuse.objectives.contrastive import gather_embeddings
 from mmfuse.randomness import keyed_uniform
 from mmfuse.types import TokenBatch
@@ -49,7 +49,7 @@ class Matching(Objective):
         self.temperature, self.negative_pool, self.seed = config.temperature, config.negative_pool, seed
         self.classifier = nn.Linear(width, 1)
 
-    def forward(self, inputs: StepInputs) -> dict[str, Tensor]:
+    def forward(self, inputs: StepInputs) -> dict[str, Term]:
         assert inputs.fused is not None
         changed, negatives = self._draw(inputs)
         exchanged = _exchange(inputs, changed, negatives)
@@ -57,9 +57,10 @@ class Matching(Objective):
         rows = (changed >= 0).nonzero()[:, 0]
         matched_n = at_least_fp32(self.classifier(inputs.fused.pooled[rows]))[:, 0]
         mismatched_n = at_least_fp32(self.classifier(mismatched.pooled))[:, 0]
-        total = F.softplus(-matched_n).sum() + F.softplus(mismatched_n).sum()
-        count = sum_over_ranks(torch.tensor(len(rows), device=total.device))
-        return {"matching": total * world_size() / (2 * count).clamp(min=1)}
+        losses_n = (F.softplus(-matched_n) + F.softplus(mismatched_n)) / 2
+        count = sum_over_ranks(torch.tensor(len(rows), device=rows.device))
+        loss = losses_n.sum() * world_size() / count.clamp(min=1)
+        return {"matching": Term(loss, rows, losses_n.detach())}
 
     @torch.no_grad()
     def _draw(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:

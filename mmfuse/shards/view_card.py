@@ -31,6 +31,7 @@ _PLAYABLE = {
     ("FLAC", "PCM_24"), ("FLAC", "PCM_S8"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"),
 }  # fmt: skip
 """Format and coding of what today's browsers play as it is."""
+_PLAYED_RATES, _USUAL_RATE = range(8_000, 96_001), 16_000
 _CHANNELS = {1: "mono", 2: "stereo"}
 _NO_ROOM = '<p class="fact">left out, the page is full</p>'
 
@@ -175,21 +176,25 @@ def _show_sound(data: bytes) -> str:
     with soundfile.SoundFile(io.BytesIO(data)) as sound:
         seconds, channels = sound.frames / sound.samplerate, _CHANNELS.get(sound.channels, f"{sound.channels} channels")
         fact = f"{seconds:.2f} s, {sound.samplerate:,} Hz {channels} {sound.format} {sound.subtype}"
-        played = data
-        mime = {"MP3": "audio/mpeg"}.get(sound.format, f"audio/{sound.format.lower()}")
-        if (sound.format, sound.subtype) not in _PLAYABLE or len(data) > _KEPT_SOUND_BYTES:
+        played, mime = data, "audio/mpeg" if sound.format == "MP3" else f"audio/{sound.format.lower()}"
+        playable = (sound.format, sound.subtype) in _PLAYABLE and sound.samplerate in _PLAYED_RATES
+        if not playable or len(data) > _KEPT_SOUND_BYTES:
             played, mime = _convert_sound(sound), "audio/wav"
-            fact += f", played as WAV{f', the first {_SOUND_SECONDS} s' if seconds > _SOUND_SECONDS else ''}"
+            fact += ", played as WAV" + (f", the first {_SOUND_SECONDS} s" if seconds > _SOUND_SECONDS else "")
     player = f'<audio controls preload="metadata" src="{data_uri(mime, played)}"></audio>'
     return f'{player}<p class="fact">{escape(fact)}</p>'
 
 
 def _convert_sound(sound: soundfile.SoundFile) -> bytes:
-    """The beginning of a sound as a mono WAV of 16 bits."""
-    values = sound.read(int(_SOUND_SECONDS * sound.samplerate), dtype="float32", always_2d=True).mean(1)
+    """The beginning of a sound as a mono WAV of 16 bits, at a rate that browsers play."""
+    rate = sound.samplerate
+    values = sound.read(_SOUND_SECONDS * rate, dtype="float32", always_2d=True).mean(1)
+    values = np.clip(np.nan_to_num(values, posinf=0, neginf=0), -1, 1)
+    if rate not in _PLAYED_RATES and len(values):
+        places = np.arange(0, len(values), rate / _USUAL_RATE)
+        values, rate = np.interp(places, np.arange(len(values)), values), _USUAL_RATE
     file = io.BytesIO()
-    values = np.nan_to_num(values, posinf=0, neginf=0)
-    soundfile.write(file, np.clip(values, -1, 1), sound.samplerate, format="WAV", subtype="PCM_16")
+    soundfile.write(file, values, rate, format="WAV", subtype="PCM_16")
     return file.getvalue()
 
 

@@ -85,7 +85,7 @@ class TrainingData:
                 report(batch.step - 1)  # with accumulation, more of this step may be read
                 records.add(batch)
                 quarantine.add(batch)
-                metrics.count_sources(quarantine.counts())
+                metrics.count_sources(list(quarantine.counts().values()))
                 yield batch.to(engine.device)
                 since = time.perf_counter()
 

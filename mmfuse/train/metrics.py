@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mmfuse.data.decode import source_of
 from mmfuse.data.quarantine import SourceCounts
 from mmfuse.distributed import rank, sum_over_ranks, world_size
 from mmfuse.files import drop_lines_after
 from mmfuse.log import hide_bar
-from mmfuse.types import StepOutput
+from mmfuse.types import Batch, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,13 @@ logger = logging.getLogger(__name__)
 class MetricsWriter:
     """Sums on the device, writes on rank 0. All ranks call the same methods."""
 
-    def __init__(self, folder: Path, *, start: int, stop: int, device: torch.device) -> None:
+    def __init__(self, folder: Path, *, start: int, stop: int, device: torch.device, sources: list[str]) -> None:
         self.path, self.device = folder / "metrics.jsonl", device
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._waited = 0.0
-        self._sources: dict[str, SourceCounts] = {}
+        self._sources, self._counts = sources, [SourceCounts(0, 0, 0)] * len(sources)
+        self._source_losses: dict[str, Tensor] = {}
         self._since = time.perf_counter()
         if rank() == 0:
             drop_lines_after(self.path, start)
@@ -46,15 +48,17 @@ class MetricsWriter:
         """Time that the step stood waiting for data."""
         self._waited += seconds
 
-    def add(self, output: StepOutput, *, share: float) -> None:
+    def add(self, output: StepOutput, batch: Batch, *, share: float) -> None:
         """One micro-step; `share` is its part of the step."""
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
             value = value.float() * share
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if len(self._sources) > 1:
+            self._add_by_source(output, batch)
 
-    def count_sources(self, counts: dict[str, SourceCounts]) -> None:
+    def count_sources(self, counts: list[SourceCounts]) -> None:
         """What this rank met in each source since the run was started."""
-        self._sources = counts
+        self._counts = counts
 
     def end_step(self) -> None:
         self._steps += 1
@@ -78,19 +82,38 @@ class MetricsWriter:
             "data_wait_seconds": self._waited / self._steps,
             "memory_gib": _peak_memory_gib(self.device),
         }
-        numbers |= self._sum_sources()
+        numbers |= self._count_sources() | self._mean_by_source()
         if rank() == 0:
             self._write_line(step, numbers)
-        self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, time.perf_counter()
+        self._sums, self._source_losses = {}, {}
+        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
         return numbers
 
-    def _sum_sources(self) -> dict[str, float]:
+    def _count_sources(self) -> dict[str, float]:
         """`sources/NAME/samples`, `masked` and `lost`, over all ranks."""
-        if not self._sources:
-            return {}
-        counts = torch.tensor(list(self._sources.values()), dtype=torch.float64, device=self.device)
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=self.device)
         names = [f"sources/{name}/{field}" for name in self._sources for field in SourceCounts._fields]
         return dict(zip(names, sum_over_ranks(counts).flatten().tolist(), strict=True))
+
+    def _add_by_source(self, output: StepOutput, batch: Batch) -> None:
+        source = source_of(batch.sample_id, num_sources=len(self._sources))
+        for name, (rows, losses) in output.row_losses.items():
+            sums = self._source_losses.setdefault(name, torch.zeros(2, len(self._sources), device=self.device))
+            sums[0].index_add_(0, source[rows], losses.float())
+            sums[1].index_add_(0, source[rows], torch.ones_like(losses, dtype=torch.float32))
+
+    def _mean_by_source(self) -> dict[str, float]:
+        """`sources/NAME/TERM`: mean over the source's rows, for terms that it had any for."""
+        if not self._source_losses:
+            return {}
+        sums, counts = sum_over_ranks(torch.stack(list(self._source_losses.values()))).unbind(1)
+        means, found = (sums / counts).tolist(), (counts > 0).tolist()
+        return {
+            f"sources/{source}/{term}": means[i][j]
+            for i, term in enumerate(self._source_losses)
+            for j, source in enumerate(self._sources)
+            if found[i][j]
+        }
 
     @contextmanager
     def paused(self) -> Iterator[None]:

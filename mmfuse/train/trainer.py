@@ -53,7 +53,8 @@ def train(run: RunConfig) -> Path:
 def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluator: Evaluator, *, start: int) -> None:
     """Steps `start` to the end of the run; all ranks in the same order."""
     config, plan = run.train, data.plan
-    metrics = MetricsWriter(run.folder, start=start, stop=config.steps, device=engine.device)
+    sources = [source.name for source in data.sources]
+    metrics = MetricsWriter(run.folder, start=start, stop=config.steps, device=engine.device, sources=sources)
     batches = data.batches(evaluator.processors, start=start, engine=engine, metrics=metrics)
     task.train()
     for step in range(start, config.steps):
@@ -65,7 +66,7 @@ def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluato
             with engine.accumulate():
                 output = engine.forward(batch)
                 engine.backward(output.loss)
-            metrics.add(output, share=1 / config.accumulation)
+            metrics.add(output, batch, share=1 / config.accumulation)
         grad_norm = engine.step()
         metrics.end_step()
 

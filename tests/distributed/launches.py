@@ -144,7 +144,7 @@ def read_samples(output: Path) -> dict[int, list[str]]:
 
 
 def read_modalities(recipe: Path) -> dict[str, set[str]]:
-    """Modalities by sample key."""
+    """Modalities by sample key, as the records of a run have it."""
     source = open_source(SourceConfig(recipe=str(recipe)), modalities=("text", "image", "audio"))
     samples = (source.read(number) for number in range(len(source)))
-    return {sample.key: set(sample.members) for sample in samples}
+    return {f"{sample.shard}/{sample.key}": set(sample.members) for sample in samples}

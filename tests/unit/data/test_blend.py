@@ -71,3 +71,13 @@ def test_every_draw_of_a_lane_comes_once_and_in_order_whatever_the_weights_were(
 def test_a_weight_too_small_to_ever_be_drawn_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"weights of source 1 \(1e-06\) are below 1/65536 of their sum"):
         make_blend([1, 1e-6])
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (1, 3), (5, 2, 1), (1, 100), (8, 4, 2, 1)])
+@pytest.mark.parametrize("lanes", [8, 64])
+def test_lanes_are_not_in_step_with_each_other(weights: tuple[int, ...], lanes: int) -> None:
+    schedule = Schedule([(0, make_blend(weights))], lanes=lanes)
+    for slot in range(0, 3000, 7):
+        owner, _ = schedule.at(np.arange(lanes), np.full(lanes, slot))
+        fair = np.array(weights) * lanes / sum(weights)
+        assert np.abs(np.bincount(owner, minlength=len(weights)) - fair).max() <= 1 + lanes / 16

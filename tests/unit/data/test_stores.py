@@ -152,6 +152,7 @@ def test_attempts_and_deadline_are_ours_and_not_the_library_s(nginx, tmp_path, m
     with pytest.raises(DataError, match=rf"s3://{fault}/a.tar: .* \(deadline_seconds = 1\)") as error:
         download(file, tmp_path / "a.tar", config=HASTY if fault == "hang" else PATIENT)
     attempts = int(str(error.value).partition("gave up at attempt ")[2].partition(" ")[0])
+    assert attempts > 1 or fault == "hang"
     at_once = 2 if fault == "closed" else 1  # aiohttp asks again where a connection that it kept was closed
     assert len(nginx.asked(nginx.url(fault, "a.tar"))) <= attempts * at_once
     assert not (tmp_path / "a.tar").exists()

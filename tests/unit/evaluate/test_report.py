@@ -3,16 +3,15 @@
 import io
 import json
 import re
-import tarfile
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import index_folder, write_tar
+from html_pages import read_page
 from PIL import Image
 
 from mmfuse.data.recipe import Recipe
-from mmfuse.data.shard_index import SUFFIX, build_index
 from mmfuse.data.source import Source
 from mmfuse.errors import DataError
 from mmfuse.evaluate.report import write_report
@@ -21,32 +20,11 @@ HOSTILE = "<script>alert(1)</script> \"' onerror=x <img src=https://example.org/
 PICTURE = b"\xff\xd8\xff not decoded by the report, because it is small"
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, in order."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.html = path.read_text(encoding="utf-8")
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(self.html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def classes(self, tag: str) -> list[str]:
-        return [attributes.get("class") or "" for name, attributes in self.tags if name == tag]
-
-
 def make_source(folder: Path, samples: dict[str, dict[str, bytes]]) -> Source:
     """A real tar, indexed and opened; a key's group is what stands before `_`."""
-    shard = folder / "test-000000.tar"
-    with tarfile.open(shard, "w") as tar:
-        for key, members in samples.items():
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    build_index(shard, shard.with_name(shard.name + SUFFIX))
+    members = {f"{key}.{name}": data for key, sample in samples.items() for name, data in sample.items()}
+    shard = write_tar(folder / "test-000000.tar", members)
+    index_folder(folder)
     recipe = Recipe.model_validate(
         {
             "name": "tiny",
@@ -59,7 +37,7 @@ def make_source(folder: Path, samples: dict[str, dict[str, bytes]]) -> Source:
             "splits": {"test": {"shards": [shard.name]}},
         }
     )
-    return Source(recipe, "test", folder=folder, modalities=("text", "image", "audio"))
+    return Source(recipe, "test", place=folder / "recipe.yaml", modalities=("text", "image", "audio"))
 
 
 @pytest.fixture
@@ -101,7 +79,7 @@ METRICS = "".join(
 
 def test_a_hostile_caption_is_shown_as_text(tmp_path, source):
     run = make_run(tmp_path / "run", {20: 0.5}, answers=[0, 2])
-    page = Page(write_report(run, sources={"new <things>": source}))
+    page = read_page(write_report(run, sources={"new <things>": source}))
     assert not [tag for tag, _ in page.tags if tag in ("script", "things")]
     assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.html
@@ -110,14 +88,14 @@ def test_a_hostile_caption_is_shown_as_text(tmp_path, source):
 
 def test_answers_of_the_query_s_group_are_marked_right_and_no_others(tmp_path, source):
     run = make_run(tmp_path / "run", {20: 0.5}, answers=[2, 1, 0])
-    page = Page(write_report(run, sources={"new <things>": source}))
+    page = read_page(write_report(run, sources={"new <things>": source}))
     cards = [name.removeprefix("card ") for name in page.classes("div") if name.startswith("card ")]
     assert cards == 3 * ["query", "wrong", "right", "right"]
 
 
 def test_the_page_loads_nothing(tmp_path, source):
     run = make_run(tmp_path / "run", {0: 0.1, 10: 0.3, 20: 0.5}, answers=[2, 1], metrics=METRICS)
-    page = Page(write_report(run, sources={"new <things>": source}))
+    page = read_page(write_report(run, sources={"new <things>": source}))
     places = [a[name] for _, a in page.tags for name in ("src", "href", "xlink:href", "data", "srcset") if name in a]
     assert places and all(str(place).startswith(("data:", "#")) for place in places)
     assert not re.search(r"@import|url\((?!#)", page.html)
@@ -127,7 +105,7 @@ def test_the_page_loads_nothing(tmp_path, source):
 def test_a_run_without_metrics_environment_and_baseline_has_a_report(tmp_path, source):
     run = make_run(tmp_path / "run", {20: 0.5}, answers=[2, 1])
     (run / "environment.json").unlink()
-    page = Page(write_report(run, sources={}))
+    page = read_page(write_report(run, sources={}))
     assert "at step 0" not in page.html and "<svg" not in page.html and "Sample retrievals" not in page.html
     summary = json.loads((run / "report.json").read_text())
     assert (summary["baseline"], summary["last_metrics"], summary["environment"]) == (None, None, {})
@@ -135,7 +113,7 @@ def test_a_run_without_metrics_environment_and_baseline_has_a_report(tmp_path, s
 
 def test_a_run_that_was_never_evaluated_has_a_report(tmp_path):
     run = make_run(tmp_path / "run", {}, answers=[], metrics=METRICS)
-    assert "has not been evaluated" in Page(write_report(run, sources={})).html
+    assert "has not been evaluated" in read_page(write_report(run, sources={})).html
 
 
 def test_report_json_holds_final_and_first_scores_and_no_paths(tmp_path, source):
@@ -155,7 +133,7 @@ def test_report_json_holds_final_and_first_scores_and_no_paths(tmp_path, source)
 
 def test_a_member_too_large_for_the_page_is_named_instead(tmp_path, source):
     run = make_run(tmp_path / "run", {20: 0.5}, answers=[0, 1, 2])
-    page = Page(write_report(run, sources={"new <things>": source}))
+    page = read_page(write_report(run, sources={"new <things>": source}))
     assert "<em>absent</em>" in page.html and "300 kB, too large to show" in page.html
     assert [tag for tag, _ in page.tags].count("audio") == 1
 
@@ -165,7 +143,7 @@ def test_large_pictures_shrink_and_the_page_stays_below_six_megabytes(tmp_path):
     Image.effect_noise((900, 900), 90).save(noise, "JPEG", quality=95)
     source = make_source(tmp_path, {"a_0": {"txt": b"loud", "jpg": noise.getvalue(), "ogg": bytes(290_000)}})
     run = make_run(tmp_path / "run", {20: 0.5}, answers=[0] * 14)
-    page = Page(write_report(run, sources={"new <things>": source}))
+    page = read_page(write_report(run, sources={"new <things>": source}))
     assert len(noise.getvalue()) > 300_000
     assert [tag for tag, _ in page.tags].count("img") == 1 + 14  # image->text shows one, text->image fourteen
     assert "left out, the page is full" in page.html and len(page.html) < 6_000_000

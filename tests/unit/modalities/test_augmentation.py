@@ -20,12 +20,11 @@ from mmfuse.modalities.audio import AST_TWICE_STD
 from mmfuse.modalities.base import Processor
 
 CAPTION = b"a small red apple and two green pears lie on a wooden table, photograph"
-MEMBERS = {"text": CAPTION, "image": picture_bytes(1, size=200), "audio": sound_bytes(1, seconds=2.0, rate=22_050)}
+MEMBERS = {"text": CAPTION, "image": picture_bytes(1, size=200), "audio": sound_bytes(1, seconds=4.0, rate=22_050)}
 EVERYTHING = {
     "text": text.Config(augment=text.AugmentConfig(drop_probability=0.3)),
     "image": image.Config(augment=image.AugmentConfig(trivial_augment=True, erase=0.3)),
     "audio": audio.Config(
-        clip_seconds=0.8,
         augment=audio.AugmentConfig(gain_db=6, noise_snr_db=(5, 20), num_time_masks=2, num_frequency_masks=3),
     ),
 }

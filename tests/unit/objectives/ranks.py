@@ -79,7 +79,7 @@ def contrast_complete_pairs() -> Result:
     leaf = embeddings[own].clone().requires_grad_()
     batch = make_batch(" ".join(["ti"] * len(embeddings)), letters="ti", rank=rank(), world_size=world_size())
     objective = Contrastive({("text", "image"): 1.0}).double()
-    (loss,) = objective(contrastive_inputs({"text": leaf[:, 0], "image": leaf[:, 1]}, batch)).values()
+    ((loss, _, _),) = objective(contrastive_inputs({"text": leaf[:, 0], "image": leaf[:, 1]}, batch)).values()
     loss.backward()
     assert leaf.grad is not None and objective.logit_scale.grad is not None
     return {"loss": loss.detach(), "embeddings": leaf.grad, "scale": objective.logit_scale.grad}

@@ -8,6 +8,7 @@ from unit.objectives.by_hand import info_nce_by_hand
 from unit.objectives.ranks import contrastive_inputs
 
 from mmfuse.errors import ConfigError
+from mmfuse.objectives.base import Term
 from mmfuse.objectives.contrastive import LARGEST_LOGIT_SCALE, Config, Contrastive, exp_clamped
 
 MIXED = "tia ti t ta ia i a tia - ti"
@@ -29,7 +30,11 @@ def embed(presence: str, *, seed: int = 0) -> dict[str, Tensor]:
 
 def contrast(embeddings: dict[str, Tensor], presence: str, groups: list[int] | None = None) -> dict[str, Tensor]:
     batch = make_batch(make_samples(presence, groups=groups))
-    return Config().build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch))
+    return losses_of(Config().build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch)))
+
+
+def losses_of(terms: dict[str, Term]) -> dict[str, Tensor]:
+    return {name: term.loss for name, term in terms.items()}
 
 
 @pytest.mark.parametrize("groups", [list(range(10)), [0, 1, 2, 0, 4, 1, 0, 7, 8, 7]])
@@ -56,7 +61,7 @@ def test_without_a_pair_every_term_is_an_exact_zero_that_has_gradients() -> None
     embeddings, presence = embed("t i a t -"), "t i a t -"
     batch = make_batch(presence)
     objective = Config().build(tiny_model(), seed=0).double()
-    terms = objective(contrastive_inputs(embeddings, batch))
+    terms = losses_of(objective(contrastive_inputs(embeddings, batch)))
     assert all(loss.item() == 0.0 for loss in terms.values()) and len(terms) == 3
     sum(terms.values()).backward()
     leaves = [*embeddings.values(), *objective.parameters()]
@@ -65,9 +70,9 @@ def test_without_a_pair_every_term_is_an_exact_zero_that_has_gradients() -> None
 
 def test_weights_of_pairs_are_relative_and_a_pair_of_weight_zero_is_left_out() -> None:
     embeddings, batch = embed(MIXED), make_batch(MIXED)
-    every = Config().build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch))
+    every = losses_of(Config().build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch)))
     config = Config(pairs={"image-text": 3, "text-audio": 1, "image-audio": 0})
-    chosen = config.build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch))
+    chosen = losses_of(config.build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch)))
     assert list(chosen) == ["text-image", "text-audio"]
     torch.testing.assert_close(chosen["text-image"], every["text-image"] * 3 * 3 / 4)
     torch.testing.assert_close(chosen["text-audio"], every["text-audio"] * 3 / 4)
@@ -101,6 +106,6 @@ def test_the_scale_stays_within_bounds_and_may_leave_them_inwards_only() -> None
 def test_logits_stay_in_fp32_under_autocast() -> None:
     embeddings = {name: x.detach().float() for name, x in embed(MIXED).items()}
     objective, inputs = Contrastive({("text", "image"): 1.0}), contrastive_inputs(embeddings, make_batch(MIXED))
-    expected = objective(inputs)["text-image"]
+    expected = objective(inputs)["text-image"].loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(objective(inputs)["text-image"], expected)
+        assert torch.equal(objective(inputs)["text-image"].loss, expected)

@@ -33,13 +33,13 @@ def test_loss_is_the_definition_with_each_sample_fused_on_its_own() -> None:
         present = [(len(row) == 3, left_out[0] in row) for row in presence.split()]
         losses.append(info_nce_by_hand(fused, embedding, present, groups))
     expected = sum(losses) / 3
-    assert objective(inputs)["leave_one_out"].item() == pytest.approx(expected, rel=1e-6)
+    assert objective(inputs)["leave_one_out"].loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("presence", ["ti ta ia", "t", "- -"])
 def test_without_a_triplet_the_loss_is_an_exact_zero_that_has_gradients(presence: str) -> None:
     objective, inputs = step_inputs(presence)
-    loss = objective(inputs)["leave_one_out"]
+    loss = objective(inputs)["leave_one_out"].loss
     assert loss.item() == 0.0
     loss.backward()
     model = inputs.model

@@ -90,14 +90,14 @@ def test_loss_is_the_mean_over_masked_words_of_the_fused_text() -> None:
     logits = objective.decoder(objective.transform(inputs.model.fuse(encoded.token_batch).tokens["text"]))
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
     assert (targets >= 0).sum() > 5
-    torch.testing.assert_close(objective(inputs)["masked_language"], expected)
+    torch.testing.assert_close(objective(inputs)["masked_language"].loss, expected)
 
 
 def test_words_are_predicted_from_the_picture_of_their_own_sample_only() -> None:
     for presence, reached in (("tia tia", True), ("t i a t", False)):
         objective, inputs = step_inputs(presence)
         objective.mask_ratio = 0.9
-        objective(inputs)["masked_language"].backward()
+        objective(inputs)["masked_language"].loss.backward()
         for name in ("image", "audio"):
             weight = inputs.model.projections[name].weight
             assert weight.grad is not None and bool(weight.grad.any()) is reached
@@ -107,7 +107,7 @@ def test_words_are_predicted_from_the_picture_of_their_own_sample_only() -> None
 def test_without_a_masked_word_the_loss_is_an_exact_zero_that_has_gradients(presence: str, ratio: float) -> None:
     objective, inputs = step_inputs(presence)
     objective.mask_ratio = ratio
-    loss = objective(inputs)["masked_language"]
+    loss = objective(inputs)["masked_language"].loss
     assert loss.item() == 0.0
     loss.backward()
     used = [*objective.parameters(), *inputs.model.encoders["text"].parameters(), *inputs.model.fusion.parameters()]

@@ -88,7 +88,7 @@ def step_inputs(presence: str, groups: list[int] | None = None):
 @pytest.mark.parametrize(("presence", "groups"), [("t i a -", None), ("tia ta ti", [4, 4, 4]), ("tia", None)])
 def test_without_a_candidate_the_loss_is_an_exact_zero_that_has_gradients(presence, groups) -> None:
     objective, inputs = step_inputs(presence, groups)
-    loss = objective(inputs)["matching"]
+    loss = objective(inputs)["matching"].loss
     assert loss.item() == 0.0
     loss.backward()
     used = [*objective.named_parameters(), *inputs.model.fusion.named_parameters()]
@@ -120,7 +120,7 @@ def test_loss_is_the_mean_cross_entropy_of_matched_and_mismatched_rows() -> None
     matched = objective.classifier(inputs.fused.pooled[changed >= 0])[:, 0]
     truth = torch.cat([torch.ones_like(matched), torch.zeros_like(mismatched)])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(torch.cat([matched, mismatched]), truth)
-    torch.testing.assert_close(objective(inputs)["matching"], expected)
+    torch.testing.assert_close(objective(inputs)["matching"].loss, expected)
     assert len(matched) == len(mismatched) == 5
 
 

@@ -105,8 +105,5 @@ def hostile_members() -> dict[str, tuple[bytes, str]]:
         "noise.ogg": (bytes(range(256)) * 9, "not_decodable"),
         "broken.json": (b'{"a": ', "not_decodable"),
         "deep.json": (b"[" * 100_000, "not_decodable"),
-        "object.npy": (
-            b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
-            "not_decodable",
-        ),
+        "object.npy": (object_array(), "not_decodable"),
     }

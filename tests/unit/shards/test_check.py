@@ -20,6 +20,8 @@ from mmfuse.shards.check import check_shards
 from mmfuse.shards.findings import KINDS, Checked, CheckSummary, Finding, write_findings
 from mmfuse.shards.modality_rules import default_rules
 
+pytestmark = pytest.mark.usefixtures("decoders_imported")
+
 TEXT = {"text": MemberRule(extensions=("txt",))}
 
 

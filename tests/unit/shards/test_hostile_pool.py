@@ -10,6 +10,8 @@ from unit.shards.deadly_work import DeadlyJob, die_before_any_item, do_deadly
 from mmfuse.errors import DataError
 from mmfuse.shards.hostile_pool import run_jobs
 
+pytestmark = pytest.mark.usefixtures("decoders_imported")
+
 
 def run(jobs: list[DeadlyJob], *, num_workers: int = 2, item_seconds: float = 30.0):
     return list(run_jobs(jobs, do_deadly, num_workers=num_workers, item_seconds=item_seconds))

@@ -20,6 +20,8 @@ from mmfuse.shards.probe import Chosen, ProbeWork
 from mmfuse.shards.stats import ShardRow, ShardStats, collect_stats
 from mmfuse.shards.stats_table import to_table
 
+pytestmark = pytest.mark.usefixtures("decoders_imported")
+
 
 def stats_of(shards: Sequence[Shard], **options: Any) -> ShardStats:
     *_, last = collect_stats(shards, **options)

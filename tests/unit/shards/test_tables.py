@@ -80,6 +80,15 @@ def test_captions_come_from_several_columns_and_lists_and_others_are_kept_as_jso
     ]
 
 
+def test_metadata_alone_is_no_sample(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"j")
+    rows = [["1.jpg", "u1"], ["gone.jpg", "u2"], ["", "u3"]]
+    table = write_csv(tmp_path / "t.csv", "image url", rows)
+    last = build(table, to=tmp_path / "out", table={"paths": {"image": "image"}, "keep": ["url"]}, max_problem_ratio=1)
+    assert read_tars(tmp_path / "out") == {"000000000": {"jpg": b"j", "json": b'{"url": "u1"}'}}
+    assert (last.left_out, len(read_problems(tmp_path / "out"))) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

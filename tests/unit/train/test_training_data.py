@@ -61,6 +61,9 @@ def test_new_weights_hold_from_where_a_run_goes_on_and_are_recorded(tmp_path: Pa
     assert share_of_b(tmp_path, range(5, 9)) == pytest.approx(0.75, abs=0.07)
     newest = complete_checkpoints(tmp_path / "out/checkpoints")[-1]
     assert read_facts(newest)["weights"] == [[0, [1.0, 1.0]], [4, [1.0, 3.0]]]
+    last = lines_of(tmp_path / "out/metrics.jsonl")[-1]
+    assert min(last[f"sources/{name}/train/contrastive/text-image"] for name in ("a", "b")) <= last["loss"]
+    assert max(last[f"sources/{name}/train/contrastive/text-image"] for name in ("a", "b")) >= last["loss"]
     train(load_run(write_run(tmp_path, weights=(1, 3), steps=9)))  # the same weights are no new segment
     newest = complete_checkpoints(tmp_path / "out/checkpoints")[-1]
     assert [start for start, _ in read_facts(newest)["weights"]] == [0, 4]
