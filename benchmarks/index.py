@@ -106,7 +106,7 @@ def report(results: dict[str, dict[str, list[dict[str, float]]]], rounds: int) -
         f"`python -m benchmarks.index --rounds {rounds}` at commit {current_commit()}: {describe_machine()}.",
         "",
         f"Microseconds a sample of three members, median of {rounds} rounds in fresh processes (lowest to highest), "
-        "warm page cache, one process, imports not counted; 16 tars of 512 samples of 20 KB, or of 160 of 164 KB.",
+        "warm page cache, one process, imports not counted; 16 tars of 512 samples of 20 KB, or of 80 of 164 KB.",
         "",
         "| | CPU, 20 KB | wall, 20 KB | CPU, 164 KB | wall, 164 KB |",
         "|---|---|---|---|---|",

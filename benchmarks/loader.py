@@ -168,7 +168,7 @@ def report(rounds: Rounds, arguments: argparse.Namespace) -> str:
             f"CPU microseconds a sample (user and system, with workers), median of {arguments.rounds} interleaved "
             "rounds in fresh processes (lowest to highest), and the median of each round's ratio to mmfuse. One "
             "epoch, shuffled, warm page cache, one thread per library, batches of 64; opening and imports are not "
-            "counted. 20 KB: 8,192 samples of a 256 px JPEG, a caption and a JSON; 164 KB: 2,560 of a 256 px JPEG, a "
+            "counted. 20 KB: 8,192 samples of a 256 px JPEG, a caption and a JSON; 164 KB: 1,280 of a 256 px JPEG, a "
             "caption and 5 to 10 s of FLAC; each in 16 tars. Every system calls the same three decoders and, with "
             "workers only, stacks by the same function; each delivered every sample once with the right bytes.",
             "",

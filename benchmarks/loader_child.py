@@ -31,7 +31,9 @@ def size_of(column: Any) -> int:
         return column.numel()
     if isinstance(column[0], np.ndarray):
         return sum([value.size for value in column])
-    return sum([value.numel() if isinstance(value, torch.Tensor) else len(value) for value in column])
+    if isinstance(column[0], torch.Tensor):
+        return sum([value.numel() for value in column])
+    return sum(map(len, column))
 
 
 def measure(system: str, job: Job) -> dict[str, float]:

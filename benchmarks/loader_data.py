@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader_data [--data FOLDER] [--peers-python PYTHON]
 
-`pairs`: 8,192 samples of a 256 px JPEG (about 20 KB), a caption and a small JSON. `triples`: 2,560 samples of the same
+`pairs`: 8,192 samples of a 256 px JPEG (about 20 KB), a caption and a small JSON. `triples`: 1,280 samples of the same
 JPEG, a caption and 5 to 10 s of 16 kHz FLAC. Pictures and sounds come from a seeded pool, captions are all different.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from benchmarks.measure import DEFAULT_DATA, REPOSITORY, run_child
 
 SETS = {"pairs": ("jpg", "txt", "json"), "triples": ("jpg", "txt", "flac")}
-SAMPLES = {"pairs": 8192, "triples": 2560}
+SAMPLES = {"pairs": 8192, "triples": 1280}
 NUM_SHARDS = 16
 POOL = 256
 RATE = 16_000

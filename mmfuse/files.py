@@ -1,21 +1,47 @@
 """Small files that are whole or not there."""
 
+import fcntl
 import json
-import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file for writing that takes the place of `path` in one move, or leaves nothing where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")  # two nodes may have equal process numbers
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(text.encode("utf-8", "replace"))
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone among the processes that lock this file; where a file system knows no locks, not alone."""
+    with open(path, "ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def drop_lines_after(path: Path, step: int) -> None:
     """Keeps the JSON lines up to `step`: a resumed run repeats the steps after its checkpoint."""
     if not path.is_file():
         return
-    whole = (line for line in path.read_text().splitlines() if line.endswith("}"))  # a kill may cut the last one
-    write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+    with open(path, "rb") as before, replacing(path) as after:
+        for line in before:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:  # a kill may cut the last one
+                after.write(line)

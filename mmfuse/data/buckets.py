@@ -43,7 +43,7 @@ class LengthBuckets(NamedTuple):
         bucket[lacking] = np.arange(lacking.sum()) % self.number
         return bucket
 
-    def count(self, facts: ShardFacts, extensions: tuple[str, ...], *, name: str) -> np.ndarray:
+    def count_samples(self, facts: ShardFacts, extensions: tuple[str, ...], *, name: str) -> np.ndarray:
         """How many samples of a shard each bucket has: int64 `(buckets,)`; what `assign` gives, from the manifest.
 
         Raises:
@@ -89,7 +89,8 @@ def _count_lengths(facts: ShardFacts, extensions: tuple[str, ...], *, name: str)
         if extension is None:
             lacking += facts.signature_counts[number]
             continue
-        more = np.array(facts.length_counts[number][signature.index(extension)], np.int64)
+        first, *counts = facts.length_counts[number][signature.index(extension)]
+        more = np.pad(np.array(counts, np.int64), (first, 0))
         lengths, more = (np.pad(x, (0, max(len(lengths), len(more)) - len(x))) for x in (lengths, more))
         lengths = lengths + more
     return lengths, lacking

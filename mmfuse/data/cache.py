@@ -18,6 +18,7 @@ from mmfuse.data.cache_ledger import (
     Ledger,
     forget_owner,
     hold_lock,
+    index_of,
     lock_of,
     remove_dead_owners,
     size_of,
@@ -135,10 +136,11 @@ class ShardCache:
             first.setdefault(row[0], FileUse(*row))
         return list(first.values())
 
-    def reserve(self, name: str, size: int, *, only_unused: bool = False) -> bool:
+    def reserve(self, name: str, size: int, *, index_bytes: int = 0, only_unused: bool = False) -> bool:
         """Whether this owner may download a file now; evicts what is needed later than it, farthest first.
 
         Args:
+            index_bytes: size of the index that will be made of it.
             only_unused: evict only what no living run will use.
         Returns:
             False where the file is there or being downloaded, or where there is no room; then nothing was evicted.
@@ -157,9 +159,9 @@ class ShardCache:
             ).fetchone()[0]
             if distance is None or only_unused:
                 distance = _NEVER
-            if not self._make_room(changes, size, distance=max(1, distance)):
+            if not self._make_room(changes, size + index_bytes, distance=max(1, distance)):
                 return False
-            changes.execute("INSERT INTO files VALUES (?, ?, ?)", (name, size, self.owner))
+            changes.execute("INSERT INTO files VALUES (?, ?, ?, ?)", (name, size, self.owner, index_bytes))
         return True
 
     def temporary(self, name: str) -> Path:
@@ -184,6 +186,7 @@ class ShardCache:
         with self._ledger.transaction() as changes:
             if changes.execute("DELETE FROM files WHERE name = ? AND owner = ?", (name, self.owner)).rowcount:
                 self.temporary(name).unlink(missing_ok=True)
+                index_of(self.folder, name).unlink(missing_ok=True)
             changes.execute("INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", (self.owner, name, message))
 
     def keep_alive(self) -> None:
@@ -241,12 +244,12 @@ class ShardCache:
 
     def _make_room(self, changes: sqlite3.Connection, size: int, *, distance: int) -> bool:
         """Evicts files that are needed in more than `distance` steps, farthest first, until `size` more bytes fit."""
-        excess = changes.execute("SELECT TOTAL(size) FROM files").fetchone()[0] + size - self.budget_bytes
+        excess = changes.execute("SELECT TOTAL(size + index_bytes) FROM files").fetchone()[0] + size - self.budget_bytes
         if excess <= 0:
             return True
         victims = []
         for name, freed, _ in changes.execute(
-            "SELECT files.name, files.size, MIN(first_step - step) AS distance FROM files"
+            "SELECT files.name, files.size + index_bytes, MIN(first_step - step) AS distance FROM files"
             " LEFT JOIN uses ON uses.name = files.name LEFT JOIN owners ON owners.id = uses.owner"
             " WHERE files.owner IS NULL GROUP BY files.name HAVING distance IS NULL OR distance > ?"
             " ORDER BY distance IS NULL DESC, distance DESC, files.rowid",
@@ -265,6 +268,7 @@ class ShardCache:
     def _delete(self, changes: sqlite3.Connection, name: str) -> None:
         # Before the commit: a kill in between leaves a row without a file, which is seen, not a file without a row.
         (self.folder / name).unlink(missing_ok=True)
+        index_of(self.folder, name).unlink(missing_ok=True)
         changes.execute("DELETE FROM files WHERE name = ?", (name,))
 
     def _drop_damaged(self) -> None:
@@ -275,7 +279,7 @@ class ShardCache:
 
     def _check_disk(self) -> None:
         with self._ledger.transaction() as reading:
-            held = reading.execute("SELECT TOTAL(size) FROM files WHERE owner IS NULL").fetchone()[0]
+            held = reading.execute("SELECT TOTAL(size + index_bytes) FROM files WHERE owner IS NULL").fetchone()[0]
         free = shutil.disk_usage(self.folder).free
         if self.budget_bytes > free + held:
             raise ConfigError(

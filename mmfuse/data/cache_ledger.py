@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmfuse.data.shard_index import SUFFIX
 from mmfuse.errors import ConfigError, DataError
 
 _BUSY_SECONDS = 30
@@ -23,7 +24,8 @@ _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "lu
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS owners (id TEXT PRIMARY KEY, pid INTEGER NOT NULL, step INTEGER NOT NULL);
 -- owner: who downloads it now; NULL: it is whole and under its final name.
-CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, size INTEGER NOT NULL, owner TEXT);
+CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, size INTEGER NOT NULL, owner TEXT,
+    index_bytes INTEGER NOT NULL);
 -- Uses to come, and those that are not over.
 CREATE TABLE IF NOT EXISTS uses (
     owner TEXT NOT NULL, name TEXT NOT NULL, size INTEGER NOT NULL,
@@ -189,6 +191,11 @@ def temporary_of(folder: Path, name: str, owner: str) -> Path:
     return folder / f"{name}.{owner}.part"
 
 
+def index_of(folder: Path, name: str) -> Path:
+    """Where the index of a copy is, if one was made."""
+    return folder / "indexes" / f"{name}{SUFFIX}"
+
+
 def remove_dead_owners(ledger: Ledger) -> None:
     """Takes away what owners left that ended without a word: temporary files, reservations, uses and locks."""
     with ledger.transaction() as changes:
@@ -204,6 +211,7 @@ def forget_owner(changes: sqlite3.Connection, folder: Path, owner: str) -> None:
         if size_of(folder / name) == size:  # killed between the move to its final name and the row that says so
             changes.execute("UPDATE files SET owner = NULL WHERE name = ?", (name,))
         else:
+            index_of(folder, name).unlink(missing_ok=True)
             changes.execute("DELETE FROM files WHERE name = ?", (name,))
     for table, column in (("uses", "owner"), ("failures", "owner"), ("owners", "id")):
         changes.execute(f"DELETE FROM {table} WHERE {column} = ?", (owner,))

@@ -24,12 +24,11 @@ def choose_caption(data: bytes, rule: MemberRule, *, seed: int | None) -> bytes:
 def order_by_weight(weights: Mapping[str, float], *, seed: int) -> tuple[str, ...]:
     """The names drawn one after the other without putting back, each by its weight among the rest.
 
-    By keys `u ** (1 / weight)` (Efraimidis and Spirakis 2006), so the first of those that a sample has is drawn by the
-    weights of those that it has.
+    By exponential waiting times, so the first of those that a sample has is drawn by the weights of those that it has.
     """
     draw = random.Random(seed)
-    keys = {name: draw.random() ** (1 / weight) for name, weight in weights.items()}
-    return tuple(sorted(keys, key=lambda name: -keys[name]))
+    waits = {name: draw.expovariate(weight) for name, weight in weights.items()}
+    return tuple(sorted(waits, key=lambda name: waits[name]))
 
 
 def _choose_in_json(data: bytes, captions: JsonCaptions, *, seed: int | None) -> bytes:

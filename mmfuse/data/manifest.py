@@ -15,7 +15,7 @@ import numpy as np
 from mmfuse.data.shard_index import SUFFIX, ShardIndex
 from mmfuse.data.urls import is_remote, show_url
 from mmfuse.errors import DataError
-from mmfuse.files import write_text
+from mmfuse.files import locked, write_text
 from mmfuse.hashing import hash_int
 
 MANIFEST = "manifest.mmindex.json"
@@ -47,7 +47,8 @@ class ShardFacts(NamedTuple):
     signature_counts: tuple[int, ...]
     """Samples of each, without skipped ones."""
     length_counts: tuple[tuple[tuple[int, ...], ...], ...]
-    """Of each signature and extension, how many members have `length_class` 0, 1, ...; empty where not counted."""
+    """Of each signature and extension, how many members have `length_class` c, c + 1, ..., after c itself; empty where
+    not counted, or not asked for."""
     index_bytes: int
     """Size of the index, which stands beside a shard in the cache."""
     content_hash: str
@@ -58,7 +59,8 @@ class ShardFacts(NamedTuple):
 
 def length_class(size: np.ndarray) -> np.ndarray:
     """Sizes in bytes -> half octaves: 0 for 0 and 1, then a class more for every factor of the root of 2."""
-    return np.floor(2 * np.log2(np.maximum(size, 1))).astype(np.int64)
+    fraction, exponent = np.frexp(np.maximum(size, 1))  # no logarithm: it may differ from machine to machine
+    return 2 * (exponent.astype(np.int64) - 1) + (fraction >= 0.5**0.5)
 
 
 def index_name(parts: tuple[str, ...], *, beside: bool) -> str:
@@ -68,11 +70,12 @@ def index_name(parts: tuple[str, ...], *, beside: bool) -> str:
         beside: whether the index lies beside the shard; elsewhere `a/0.tar` and `b/0.tar` must have two names.
     """
     base = show_url(parts[0]).rpartition("/")[2]
-    joined = f"+{len(parts) - 1}" if len(parts) > 1 else ""
-    if beside and len({os.path.dirname(part) for part in parts}) == 1:
-        return base + joined
+    if beside and len(parts) == 1:
+        return base
     places = [show_url(part) if is_remote(part) else os.path.abspath(part) for part in parts]
-    return f"{base}{joined}.{hash_int(*places):016x}"
+    if beside:  # named by its neighbours' names, so that the folder may be moved
+        places = [os.path.relpath(place, os.path.dirname(places[0])) for place in places]
+    return f"{base}{'+' * (len(parts) > 1)}.{hash_int(*places):016x}"
 
 
 def gather_facts(index: ShardIndex, parts: tuple[PartFacts, ...], *, skipped: tuple[int, ...] = ()) -> ShardFacts:
@@ -87,7 +90,6 @@ def gather_facts(index: ShardIndex, parts: tuple[PartFacts, ...], *, skipped: tu
             tuple(_count_lengths(index, kept & (signature == number), extension) for extension in extensions)
             for number, extensions in enumerate(index.signatures)
         )
-    content = index.header["content_hash"]
     return ShardFacts(
         parts=parts,
         samples=int(kept.sum()),
@@ -95,17 +97,28 @@ def gather_facts(index: ShardIndex, parts: tuple[PartFacts, ...], *, skipped: tu
         signature_counts=tuple(counts.tolist()),
         length_counts=lengths,
         index_bytes=index.path.stat().st_size,
-        content_hash=f"{hash_int(content, *skipped):016x}" if skipped else content,
+        content_hash=content_hash(index, skipped=skipped),
         skipped=skipped,
     )
 
 
+def content_hash(index: ShardIndex, *, skipped: tuple[int, ...]) -> str:
+    """What identifies the samples of an index, without skipped ones."""
+    content = str(index.header["content_hash"])
+    return f"{hash_int(content, *skipped):016x}" if skipped else content
+
+
 def _count_lengths(index: ShardIndex, chosen: np.ndarray, extension: str) -> tuple[int, ...]:
-    return tuple(np.bincount(length_class(index.member_sizes((extension,))[chosen])).tolist())
+    classes = length_class(index.member_sizes((extension,))[chosen])
+    least = int(classes.min(initial=int(classes.max(initial=0))))
+    return (least, *np.bincount(classes - least).tolist())
 
 
-def read_manifest(folder: Path) -> dict[str, ShardFacts]:
+def read_manifest(folder: Path, *, lengths: bool = True) -> dict[str, ShardFacts]:
     """Facts of every shard by `index_name`; empty where the folder has no manifest.
+
+    Args:
+        lengths: whether to keep `length_counts`, most of the memory of it all.
 
     Raises:
         DataError: it is damaged or of another format.
@@ -115,7 +128,7 @@ def read_manifest(folder: Path) -> dict[str, ShardFacts]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}")
-        return {name: _from_json(facts) for name, facts in content["shards"].items()}
+        return {name: _from_json(facts, lengths=lengths) for name, facts in content["shards"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -129,11 +142,15 @@ def update_manifest(folder: Path, changes: Mapping[str, ShardFacts], *, remove: 
         DataError: the folder cannot be written to.
     """
     gone = set(remove)
-    shards = {name: facts for name, facts in (read_manifest(folder) | dict(changes)).items() if name not in gone}
-    rows = (f"{json.dumps(name)}: {json.dumps(facts._asdict())}" for name, facts in sorted(shards.items()))
-    text = f'{{"format": {_FORMAT}, "shards": {{\n' + ",\n".join(rows) + "\n}}\n"
     try:
-        write_text(folder / MANIFEST, text)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f".{MANIFEST}.lock"):
+            shards = {
+                name: facts for name, facts in (read_manifest(folder) | dict(changes)).items() if name not in gone
+            }
+            rows = (f"{json.dumps(name)}: {json.dumps(facts._asdict())}" for name, facts in sorted(shards.items()))
+            text = f'{{"format": {_FORMAT}, "shards": {{\n' + ",\n".join(rows) + "\n}}\n"
+            write_text(folder / MANIFEST, text)
     except OSError as error:
         raise DataError(
             f"{folder}: the manifest of its indexes cannot be written ({error.strerror}); where shards are read-only, "
@@ -152,13 +169,14 @@ def local_version(path: str) -> tuple[int, str]:
     return status.st_size, f"modified:{status.st_mtime_ns / 10**9:.6f}"
 
 
-def _from_json(facts: dict[str, Any]) -> ShardFacts:
+def _from_json(facts: dict[str, Any], *, lengths: bool) -> ShardFacts:
+    length_counts = facts["length_counts"] if lengths else ()
     return ShardFacts(
         parts=tuple(PartFacts(*part) for part in facts["parts"]),
         samples=int(facts["samples"]),
         signatures=tuple(map(tuple, facts["signatures"])),
         signature_counts=tuple(facts["signature_counts"]),
-        length_counts=tuple(tuple(map(tuple, extensions)) for extensions in facts["length_counts"]),
+        length_counts=tuple(tuple(map(tuple, extensions)) for extensions in length_counts),
         index_bytes=int(facts["index_bytes"]),
         content_hash=str(facts["content_hash"]),
         skipped=tuple(facts["skipped"]),

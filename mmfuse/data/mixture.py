@@ -57,7 +57,16 @@ def open_source(
     modalities: tuple[str, ...],
     cache: NodeCache | None = None,
     buckets: LengthBuckets | None = None,
+    keep_lengths: bool = False,
 ) -> Source:
     """The source that a run names."""
     recipe, place = load_recipe(config.recipe)
-    return Source(recipe, config.split, place=place, modalities=modalities, cache=cache, buckets=buckets)
+    return Source(
+        recipe,
+        config.split,
+        place=place,
+        modalities=modalities,
+        cache=cache,
+        buckets=buckets,
+        keep_lengths=keep_lengths,
+    )

@@ -8,7 +8,7 @@ no table (`permutation.py`), so memory is the shards' alone and any draw is foun
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from mmfuse.data.permutation import mix, permute
 from mmfuse.hashing import hash_int
 
 _CACHED_EPOCHS = 4
-"""Lanes are at most one epoch apart."""
+"""Lanes are about one epoch apart at most."""
+_NEVER = 1 << 60
 
 
 class ShardUse(NamedTuple):
@@ -65,8 +66,8 @@ class SourceOrder:
     def windows(self, lane: int, draw: int) -> Iterator[tuple[int, int, int]]:
         """What a lane reads from a draw on: `(first draw, last draw, shard)`, endless, by first draw."""
         if self.shuffled_whole:
-            last = np.iinfo(np.int32).max * self.total // self.lanes  # never over: the next epoch needs them again
-            yield from ((draw, last, int(shard)) for shard in np.flatnonzero(self.counts))
+            # Never over: the next epoch needs them again.
+            yield from ((draw, _NEVER, int(shard)) for shard in np.flatnonzero(self.counts))
             return
         epoch = (draw * self.lanes + lane) // self.total
         while True:
@@ -80,7 +81,7 @@ class SourceOrder:
                 first, begin = last + 1, stop
             epoch += 1
 
-    def _first_draw(self, epoch: int, lane: int) -> int:
+    def _first_draw(self, epoch: int, lane: Any) -> Any:
         """The lane's first draw j whose `j * lanes + lane` is not before the epoch."""
         return -((lane - epoch * self.total) // self.lanes)
 
@@ -98,7 +99,7 @@ class SourceOrder:
     def _in_windows(self, epoch: int, lane: np.ndarray, draw: np.ndarray) -> np.ndarray:
         """Sample numbers of draws that all fall into one epoch."""
         begin, _ = self._part_of(epoch, lane)
-        first = -((lane - epoch * self.total) // self.lanes)
+        first = self._first_draw(epoch, lane)
         place = begin + draw - first
         low, high = self._window_at(epoch, lane, place)
         return self._number_at(
@@ -133,8 +134,9 @@ class SourceOrder:
 
     def _string(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            generator = np.random.Generator(np.random.Philox(key=hash_int(self.seed, self.name, "shards", epoch)))
-            shards = generator.permutation(len(self.counts))
+            generator = np.random.Philox(key=hash_int(self.seed, self.name, "shards", epoch))
+            # Of raw numbers: numpy may change what `permutation` makes of them from one version to the next.
+            shards = np.argsort(generator.random_raw(len(self.counts)), kind="stable")
             self._epochs[epoch] = _Epoch(shards, np.cumsum(self.counts[shards]))
             if len(self._epochs) > _CACHED_EPOCHS:
                 self._epochs.popitem(last=False)

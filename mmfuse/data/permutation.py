@@ -16,7 +16,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele et al. 2014) on uint64 of any shape."""
+    """SplitMix64's output function (Steele et al. 2014) on uint64 of any shape. `mmfuse.randomness` has it in torch."""
     x = x + _GAMMA
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
@@ -33,7 +33,7 @@ def permute(position: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarr
     Returns:
         int64 `(n,)`.
     """
-    bits = np.maximum(np.ceil(np.log2(size)).astype(np.uint64), np.uint64(_SMALLEST_BITS))
+    bits = np.maximum(np.frexp(size - 1)[1], _SMALLEST_BITS).astype(np.uint64)
     result = position.astype(np.uint64)
     outside = np.arange(len(position))
     while len(outside):

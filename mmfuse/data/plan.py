@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmfuse.data.blend import Blend, Schedule, WeightSegment
+from mmfuse.data.blend import Blend, Schedule, WeightSegment, check_weights
 from mmfuse.data.order import ShardUse, SourceOrder
 from mmfuse.errors import ConfigError
 
@@ -63,10 +63,13 @@ class DataPlan:
             raise ConfigError(f"data.lanes = {self.lanes} does not divide the global batch of {global_batch}")
         self.sources = tuple(sources)
         self.segments = tuple(segments) or (WeightSegment(0, tuple(source.weight for source in sources)),)
+        for segment in self.segments:
+            check_weights(segment.weights, names=names)
         shares = self._bucket_shares()
-        labels = [f"length bucket {number}" for number in range(shares.shape[1])]
-        self._buckets = Schedule([(s.start_step, Blend(b, names=labels)) for s, b in self._each(shares)], lanes=1)
-        self._parts = [self._plan_bucket(number, shares) for number in range(len(labels))]
+        # Summed in a fixed order: a matrix product may differ in its last bit from machine to machine.
+        mixed = [(s.start_step, (np.array(s.weights)[:, None] / sum(s.weights) * shares).sum(0)) for s in self.segments]
+        self._buckets = Schedule([(start, Blend(weights.tolist())) for start, weights in mixed], lanes=1)
+        self._parts = [self._plan_bucket(number, shares) for number in range(shares.shape[1])]
 
     def identity(self) -> dict[str, Any]:
         """All that the order depends on but for the weights; a resumed run must have the same."""
@@ -121,19 +124,13 @@ class DataPlan:
         counts = np.stack([np.atleast_2d(source.counts).sum(1) for source in self.sources])
         return counts / counts.sum(1, keepdims=True)
 
-    def _each(self, shares: np.ndarray) -> Iterator[tuple[WeightSegment, list[float]]]:
-        """Each segment with the weights of the buckets in it."""
-        for segment in self.segments:
-            yield segment, (np.array(segment.weights) / sum(segment.weights) @ shares).tolist()
-
     def _plan_bucket(self, number: int, shares: np.ndarray) -> "_LanePlan":
         held = [source for source in range(len(self.sources)) if shares[source, number] > 0]
-        names = [self.sources[source].name for source in held]
         per_lane = self.global_batch // self.lanes
         blends = [
             (
                 int(self._buckets.drawn(segment.start_step)[0, number]) * per_lane,
-                Blend([segment.weights[source] * shares[source, number] for source in held], names=names),
+                Blend([segment.weights[source] * shares[source, number] for source in held]),
             )
             for segment in self.segments
         ]
@@ -147,14 +144,18 @@ class DataPlan:
             )
             for source in held
         ]
-        return _LanePlan(held, orders, Schedule(blends, lanes=self.lanes), per_lane=per_lane)
+        schedule = Schedule(blends, lanes=self.lanes)
+        return _LanePlan(held, orders, schedule, per_lane=per_lane, num_sources=len(self.sources))
 
 
 class _LanePlan:
     """The samples of every global batch that draws from one bucket; steps are counted within the bucket."""
 
-    def __init__(self, held: list[int], orders: list[SourceOrder], schedule: Schedule, *, per_lane: int) -> None:
-        self.held, self.orders, self.schedule, self.per_lane = np.array(held), orders, schedule, per_lane
+    def __init__(
+        self, held: list[int], orders: list[SourceOrder], schedule: Schedule, *, per_lane: int, num_sources: int
+    ) -> None:
+        self.held, self.orders, self.schedule = np.array(held), orders, schedule
+        self.per_lane, self.num_sources = per_lane, num_sources
 
     def locate(self, step: np.ndarray, position: np.ndarray) -> np.ndarray:
         lane, within = position // self.per_lane, position % self.per_lane
@@ -184,7 +185,7 @@ class _LanePlan:
 
     def dealt(self, step: int) -> np.ndarray:
         """Draws from every source before a step."""
-        dealt = np.zeros(int(self.held.max()) + 1, np.int64)
+        dealt = np.zeros(self.num_sources, np.int64)
         dealt[self.held] = self.schedule.drawn(step * self.per_lane).sum(0)
         return dealt
 

@@ -12,14 +12,14 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
 from mmfuse.data.cache_ledger import Ledger, remove_dead_owners
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch_ahead import CachedShard
+from mmfuse.data.prefetch_ahead import Copies
 from mmfuse.data.prefetch_loop import CacheConfig, PrefetchJob, run_prefetcher
 from mmfuse.data.prefetch_progress import Progress, owner_of
 from mmfuse.errors import DataError, MmfuseError
@@ -37,7 +37,7 @@ class Prefetcher:
     def __init__(
         self,
         config: CacheConfig,
-        shards: Mapping[tuple[int, int], CachedShard],
+        shards: Copies,
         uses: Callable[[], Iterator[ShardUse]],
         *,
         progress: Path,
@@ -46,7 +46,7 @@ class Prefetcher:
         """Starts nothing yet.
 
         Args:
-            shards: those that must be copied, by source and shard as the plan numbers them.
+            shards: those that must be copied.
             uses: what the node's ranks read from their first step on; called in the process, so it must pickle.
             progress: a file that is made here, for this node alone; each rank reports there (`Progress`).
         """

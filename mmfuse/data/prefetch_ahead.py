@@ -17,12 +17,18 @@ _FIRST_USES, _READ_USES = 2048, 256
 
 
 class CachedShard(NamedTuple):
-    """A shard that is copied to the node before it is read."""
+    """A tar that is copied to the node before it is read."""
 
     url: str
     size: int
     version: str
     checksum: str | None = None
+    index_bytes: int = 0
+    """Size of the index that is made of the copy; 0: none is."""
+
+
+Copies = Mapping[tuple[int, int], tuple[CachedShard, ...]]
+"""The tars of each shard, by source and shard as the plan numbers them."""
 
 
 class WorkingSet(NamedTuple):
@@ -37,18 +43,18 @@ class WorkingSet(NamedTuple):
         return sum(self.sizes.values())
 
 
-def name_shards(shards: Mapping[tuple[int, int], CachedShard]) -> dict[tuple[int, int], str]:
-    """The name of every shard's copy.
+def name_copies(shards: Copies) -> dict[str, CachedShard]:
+    """Every tar by the name of its copy.
 
     Raises:
         ConfigError: two URLs differ in their query alone and have no version: their copies could not be told apart.
     """
-    names, urls = {}, {}
-    for key, shard in shards.items():
-        names[key] = cache_name(shard.url, shard.version)
-        if urls.setdefault(names[key], shard.url) != shard.url and not shard.version:
+    names: dict[str, CachedShard] = {}
+    for tar in (tar for tars in shards.values() for tar in tars):
+        known = names.setdefault(cache_name(tar.url, tar.version), tar)
+        if known.url != tar.url and not tar.version:
             raise ConfigError(
-                f"{show_url(shard.url)}: is named with different queries, and its server tells no version; "
+                f"{show_url(tar.url)}: is named with different queries, and its server tells no version; "
                 "name it once, or serve the shards under different paths"
             )
     return names
@@ -57,11 +63,10 @@ def name_shards(shards: Mapping[tuple[int, int], CachedShard]) -> dict[tuple[int
 class LookAhead:
     """Uses of the plan that are not over, as far ahead as matters."""
 
-    def __init__(self, shards: Mapping[tuple[int, int], CachedShard], schedule: Iterator[ShardUse]) -> None:
+    def __init__(self, shards: Copies, schedule: Iterator[ShardUse]) -> None:
         """Reads the first uses."""
         self._shards = shards
-        self._names = name_shards(shards)
-        self._num_files = len(set(self._names.values()))
+        self._num_files = len(name_copies(shards))
         first = next(schedule, None)
         self._schedule = itertools.chain([first] if first else [], schedule)
         self.step = first.first_step - 1 if first else -1
@@ -118,10 +123,11 @@ class LookAhead:
                 break
             limit -= 1
             self._seen.append(use.first_step)
-            name = self._names.get((use.source, use.shard))
-            if name is not None and use.last_step >= self.step:  # other sources lie on local disks
-                names.add(name)
-                fresh.append(FileUse(name, self._shards[use.source, use.shard].size, use.first_step, use.last_step))
+            if use.last_step >= self.step:
+                for tar in self._shards.get((use.source, use.shard), ()):  # other sources lie on local disks
+                    name = cache_name(tar.url, tar.version)
+                    names.add(name)
+                    fresh.append(FileUse(name, tar.size + tar.index_bytes, use.first_step, use.last_step))
         self.uses += fresh
         return fresh
 

@@ -20,12 +20,14 @@ from pydantic import PositiveFloat, PositiveInt
 
 from mmfuse.config import Settings
 from mmfuse.data.cache import FileUse, ShardCache, gib
+from mmfuse.data.cache_ledger import index_of
 from mmfuse.data.fetch import FetchConfig, RemoteFile, download
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch_ahead import CachedShard, LookAhead, name_shards
+from mmfuse.data.prefetch_ahead import Copies, LookAhead, name_copies
 from mmfuse.data.prefetch_progress import Progress
+from mmfuse.data.shard_index import build_index
 from mmfuse.data.urls import show_url
-from mmfuse.errors import ConfigError, DataError, MmfuseError
+from mmfuse.errors import ConfigError, DataError, MmfuseError, ShardError
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +64,7 @@ class PrefetchJob(NamedTuple):
     """All that the process is told."""
 
     config: CacheConfig
-    shards: Mapping[tuple[int, int], CachedShard]
-    """By source and shard, as the plan numbers them."""
+    shards: Copies
     uses: Callable[[], Iterator[ShardUse]]
     progress: Path
     owner: str
@@ -120,7 +121,7 @@ class Feeder:
         """
         self.config, self.cache = job.config, cache
         self._progress = Progress(job.progress)
-        self._shards = {name: job.shards[key] for key, name in name_shards(job.shards).items()}
+        self._shards = name_copies(job.shards)
         cache.drop_changed({name: shard.size for name, shard in self._shards.items()})
         self._ahead = LookAhead(job.shards, job.uses())
         largest = self._ahead.working_set()
@@ -176,15 +177,20 @@ class Feeder:
             wanted = next(iter(self.cache.missing(1)), None)
             if wanted is None:
                 return
-            if not self.cache.reserve(wanted.name, wanted.size, only_unused=wanted.first_step > near):
+            if not self._reserve(wanted, only_unused=wanted.first_step > near):
                 self._look_at_lack_of_room(wanted)
                 return
             shard = self._shards[wanted.name]
             file, place = RemoteFile(shard.url, shard.size, shard.version), self.cache.temporary(wanted.name)
+            index = index_of(self.cache.folder, wanted.name) if shard.index_bytes else None
             logger.debug("%s: downloading for step %d", show_url(shard.url), wanted.first_step)
             self._running[wanted.name] = self._pool.submit(
-                download, file, place, config=self.config.fetch, checksum=shard.checksum
+                _copy, file, place, config=self.config.fetch, checksum=shard.checksum, index=index
             )
+
+    def _reserve(self, wanted: FileUse, *, only_unused: bool) -> bool:
+        shard = self._shards[wanted.name]
+        return self.cache.reserve(wanted.name, shard.size, index_bytes=shard.index_bytes, only_unused=only_unused)
 
     def _look_at_lack_of_room(self, wanted: FileUse) -> None:
         """Gives up where a rank needs a file now that cannot fit; room that others hold is waited for, with a limit."""
@@ -228,6 +234,16 @@ def explain_failure(error: BaseException, *, url: str, config: CacheConfig) -> s
         return str(error)
     reason = error.strerror if isinstance(error, OSError) else None
     return f"{show_url(url)}: cannot be copied to {config.place}: {reason or type(error).__name__}"
+
+
+def _copy(file: RemoteFile, place: Path, *, config: FetchConfig, checksum: str | None, index: Path | None) -> None:
+    """Downloads a tar and indexes it: once for all workers of the node, who would each do it."""
+    download(file, place, config=config, checksum=checksum)
+    if index is not None:
+        try:
+            build_index(place, index)
+        except ShardError as error:
+            raise ShardError(str(error).replace(str(place), show_url(file.url))) from None
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

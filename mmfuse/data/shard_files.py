@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmfuse.data.cache import cache_name
+from mmfuse.data.cache_ledger import index_of
 from mmfuse.data.cache_read import open_cached
 from mmfuse.data.manifest import PartFacts, ShardFacts, index_path, local_version
 from mmfuse.data.recipe import Shard
-from mmfuse.data.shard_index import SUFFIX, ShardIndex, Span
+from mmfuse.data.shard_index import ShardIndex, Span
 from mmfuse.data.urls import is_remote, show_url
 from mmfuse.errors import DataError, ShardError
 
@@ -98,7 +99,7 @@ class ShardFiles:
         if place.is_remote and not path.is_file():
             self._open_file(shard, 0)  # the prefetcher indexes what it fetches
             name = cache_name(place.parts[0], self.facts[shard].parts[0].version)
-            path = self._cache_of(place.parts[0]).folder / f"{name}{SUFFIX}"
+            path = index_of(self._cache_of(place.parts[0]).folder, name)
         index = ShardIndex(path)
         facts = self.facts[shard]
         if not facts.skipped and index.header["content_hash"] != facts.content_hash:

@@ -45,19 +45,21 @@ class Source:
         modalities: tuple[str, ...],
         cache: NodeCache | None = None,
         buckets: LengthBuckets | None = None,
+        keep_lengths: bool = False,
     ) -> None:
         """Reads the manifests; no shard and no index is opened.
 
         Args:
             place: the recipe's file.
             cache: where a prefetcher puts remote shards.
+            keep_lengths: whether buckets will be chosen by `facts`.
         Raises:
             ConfigError: the recipe has no such split, or holds none of the modalities.
             DataError: no shards, one is not indexed, or the number of samples is not the recipe's.
         """
         self.name = f"{recipe.name}/{split}"
         self.shards = find_split(recipe, split, place=place)
-        self.facts = _find_facts(self.shards, place)
+        self.facts = _find_facts(self.shards, place, lengths=buckets is not None or keep_lengths)
         self.rules = _member_rules(recipe, modalities)
         if not self.rules:
             raise ConfigError(f"recipe {recipe.name!r} has none of the run's modalities {', '.join(modalities)}")
@@ -87,7 +89,7 @@ class Source:
         if self.buckets is None:
             return self.counts[None]
         extensions = self._bucket_extensions
-        return np.stack([self.buckets.count(facts, extensions, name=self.name) for facts in self.facts], axis=1)
+        return np.stack([self.buckets.count_samples(facts, extensions, name=self.name) for facts in self.facts], axis=1)
 
     @property
     def remote_shards(self) -> dict[int, tuple[str, ...]]:
@@ -142,7 +144,7 @@ class Source:
         """Replaces the first extensions that a sample has by drawn ones, where a rule weighs them."""
         for place, modality in enumerate(self._modalities):
             if modality in self._weights:
-                drawn = order_by_weight(self._weights[modality], seed=hash_int(seed, modality))
+                drawn = order_by_weight(self._weights[modality], seed=hash_int(seed, modality, "extension"))
                 spans[place] = index.spans(inside, (drawn,))[1][0]
 
     def locate(self, number: int, *, bucket: int = 0) -> tuple[int, int]:
@@ -182,7 +184,8 @@ class Source:
     def _check_counts(self, *, expected: int | None) -> None:
         if not len(self):
             raise DataError(f"{self.name}: its {len(self.shards)} shards hold no samples at all")
-        if expected is not None and expected != len(self):
+        skipped = sum(len(facts.skipped) for facts in self.facts)
+        if expected is not None and expected != len(self) + skipped:
             raise DataError(f"{self.name}: its recipe says {expected} samples, its shards hold {len(self)}")
         if set(self.count_by_modalities()) == {()}:
             wanted = ", ".join(f"{modality}: {' '.join(rule.extensions)}" for modality, rule in self.rules.items())
@@ -198,9 +201,9 @@ _MAX_SELECTIONS = 256
 """Shards whose selected numbers are kept, 4 bytes a sample."""
 
 
-def _find_facts(shards: list[Shard], place: Path) -> list[ShardFacts]:
+def _find_facts(shards: list[Shard], place: Path, *, lengths: bool) -> list[ShardFacts]:
     """Facts of each shard from the manifests of their folders."""
-    manifests = {folder: read_manifest(folder) for folder in {shard.index_folder for shard in shards}}
+    manifests = {folder: read_manifest(folder, lengths=lengths) for folder in {shard.index_folder for shard in shards}}
     missing = [shard for shard in shards if shard.name not in manifests[shard.index_folder]]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -80,9 +80,10 @@ class TrainingData:
         uses = partial(self._uses, start, engine.world_size)
         with prefetching(run.data.cache, self.sources, uses, run_folder=run.folder, purpose="train") as report:
             since = time.perf_counter()
-            for batch in batches:
+            for number, batch in enumerate(batches, start=1):
                 metrics.count_wait(time.perf_counter() - since)
-                report(batch.step - 1)  # with accumulation, more of this step may be read
+                is_last = number % run.train.accumulation == 0
+                report(batch.step if is_last else batch.step - 1)
                 records.add(batch)
                 quarantine.add(batch)
                 metrics.count_sources(list(quarantine.counts().values()))
@@ -122,7 +123,10 @@ class TrainingData:
 def _open_sources(run: RunConfig) -> list[Source]:
     modalities = tuple(run.model.modalities)
     cache = node_cache(run.data.cache, run.folder, purpose="train")
-    sources = [open_source(config, modalities=modalities, cache=cache) for config in run.data.train]
+    sources = [
+        open_source(config, modalities=modalities, cache=cache, keep_lengths=run.data.buckets is not None)
+        for config in run.data.train
+    ]
     if run.data.buckets is None:
         return sources
     by = run.data.buckets.modality

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from mmfuse.data.blend import PERIOD, Blend, Schedule
+from mmfuse.data.blend import PERIOD, Blend, Schedule, check_weights
 from mmfuse.errors import ConfigError
 
 
 def make_blend(weights) -> Blend:
-    return Blend(weights, names=[f"source {i}" for i in range(len(weights))])
+    return Blend(weights)
 
 
 def test_every_period_holds_each_source_by_its_weight_to_one_sample() -> None:
@@ -27,14 +27,14 @@ def test_counts_never_go_back_and_equal_the_turns_over_200_random_blends() -> No
     draw = np.random.default_rng(1)
     for _ in range(200):
         weights = draw.exponential(size=draw.integers(2, 9)) + 0.001
-        blend, owners = make_blend(weights), np.arange(len(weights))
+        blend = make_blend(weights)
         start = int(draw.integers(PERIOD - 50, 3 * PERIOD))  # many stretches cross the end of a period
         slots = np.array([start, *np.sort(start + draw.integers(0, 300, size=20))])
-        counts = blend.drawn(slots[:, None], owners)
+        counts = blend.drawn(slots)
         assert (np.diff(counts, axis=0) >= 0).all()
         turns = np.bincount(blend.owner(np.arange(slots[0], slots[-1])), minlength=len(weights))
         assert (counts[-1] - counts[0] == turns).all()
-        assert (blend.drawn(np.array(0), owners) == 0).all()
+        assert not blend.drawn(np.array([0])).any()
 
 
 def test_the_turn_of_a_draw_is_where_it_is_drawn() -> None:
@@ -49,7 +49,7 @@ def test_the_turn_of_a_draw_is_where_it_is_drawn() -> None:
 def test_turns_are_spread_evenly() -> None:
     blend = make_blend([3, 1])
     slots = np.arange(0, 2 * PERIOD, 97)
-    drawn = blend.drawn(slots[:, None], np.arange(2))
+    drawn = blend.drawn(slots)
     assert np.abs(drawn - slots[:, None] * np.array([0.75, 0.25])).max() <= 1
 
 
@@ -70,7 +70,9 @@ def test_every_draw_of_a_lane_comes_once_and_in_order_whatever_the_weights_were(
 
 def test_a_weight_too_small_to_ever_be_drawn_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"weights of source 1 \(1e-06\) are below 1/65536 of their sum"):
-        make_blend([1, 1e-6])
+        check_weights([1, 1e-6], names=["source 0", "source 1"])
+    check_weights([1, 1e-4], names=["source 0", "source 1"])
+    assert Blend([1, 1e-9]).counts.tolist() == [PERIOD - 1, 1]
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (1, 3), (5, 2, 1), (1, 100), (8, 4, 2, 1)])

@@ -215,7 +215,9 @@ def test_shard_uses_cover_what_is_read_and_little_else(rows: list[range], start:
     assert [use.first_step for use in uses] == sorted(use.first_step for use in uses)
     used = {(s, use.source, use.shard) for use in uses for s in range(use.first_step, min(use.last_step + 1, stop))}
     assert read <= used
-    assert all(any((step, use.source, use.shard) in read for step in range(start, stop)) for use in uses[:20])
+    over = [use for use in uses if use.last_step < stop]
+    unread = [u for u in over if not any((s, u.source, u.shard) in read for s in range(u.first_step, u.last_step + 1))]
+    assert len(unread) <= 0.2 * len(over)  # of a lane of which these rows are a part, the others may read it
 
 
 def test_lanes_and_seed_and_buckets_are_in_the_identity() -> None:

@@ -47,7 +47,7 @@ from mmfuse.data.plan import ShardUse
 from mmfuse.data.prefetch import CacheConfig, CachedShard, Prefetcher
 folder = Path(sys.argv[1])
 config = CacheConfig(folder=folder / "cache", budget_gib=0.01)
-shards = {(0, 0): CachedShard(sys.argv[2], int(sys.argv[3]), "")}
+shards = {(0, 0): (CachedShard(sys.argv[2], int(sys.argv[3]), ""),)}
 uses = functools.partial(iter, [ShardUse(0, 0, 0, 0)])
 with Prefetcher(config, shards, uses, progress=folder / "progress", num_ranks=1) as prefetcher:
     print(prefetcher.pid, flush=True)
@@ -65,8 +65,8 @@ def version(path: str) -> str:
     return f'"{path}"'
 
 
-def shards_at(bucket: Bucket, paths: Sequence[str] = PATHS) -> dict[tuple[int, int], CachedShard]:
-    return {(0, n): CachedShard(bucket.address + path, SHARD_BYTES, version(path)) for n, path in enumerate(paths)}
+def shards_at(bucket: Bucket, paths: Sequence[str] = PATHS) -> dict[tuple[int, int], tuple[CachedShard, ...]]:
+    return {(0, n): (CachedShard(bucket.address + path, SHARD_BYTES, version(path)),) for n, path in enumerate(paths)}
 
 
 def one_a_step(*shards: int, first_step: int = 0) -> list[ShardUse]:
@@ -75,7 +75,7 @@ def one_a_step(*shards: int, first_step: int = 0) -> list[ShardUse]:
 
 def make(
     folder: Path,
-    shards: dict[tuple[int, int], CachedShard],
+    shards: dict[tuple[int, int], tuple[CachedShard, ...]],
     uses: list[ShardUse],
     *,
     room: int = 3,

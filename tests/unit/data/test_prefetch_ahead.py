@@ -10,7 +10,7 @@ from mmfuse.data.plan import ShardUse
 from mmfuse.data.prefetch_ahead import CachedShard, LookAhead
 from mmfuse.errors import ConfigError
 
-SHARDS = {(0, n): CachedShard(f"s3://bucket/{n}.tar", 10 + n, "v") for n in range(6)}
+SHARDS = {(0, n): (CachedShard(f"s3://bucket/{n}.tar", 10 + n, "v"),) for n in range(6)}
 
 
 def name_of(number: int) -> str:
@@ -66,6 +66,6 @@ def test_the_reach_of_downloads_counts_each_shard_once_and_none_that_is_read_now
 def test_urls_that_differ_in_their_query_alone_need_a_version() -> None:
     urls = ("https://host/get?shard=0", "https://host/get?shard=1")
     with pytest.raises(ConfigError, match=r"^https://host/get: is named with different queries"):
-        LookAhead({(0, n): CachedShard(url, 10, "") for n, url in enumerate(urls)}, iter([]))
-    LookAhead({(0, n): CachedShard(url, 10, f"v{n}") for n, url in enumerate(urls)}, iter([]))
-    LookAhead({(n, 0): CachedShard(urls[0], 10, "") for n in range(2)}, iter([]))
+        LookAhead({(0, n): (CachedShard(url, 10, ""),) for n, url in enumerate(urls)}, iter([]))
+    LookAhead({(0, n): (CachedShard(url, 10, f"v{n}"),) for n, url in enumerate(urls)}, iter([]))
+    LookAhead({(n, 0): (CachedShard(urls[0], 10, ""),) for n in range(2)}, iter([]))

@@ -147,11 +147,11 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused():
 
 
 def test_huge_texts_are_cut_before_they_are_tokenized():
-    processor = text.Config(max_tokens=4, max_bytes_per_token=5).build_processor()
+    processor = text.Config(max_tokens=10, max_bytes_per_token=2).build_processor()
     for characters in ("a" * 19, "é" * 9 + "aé", "apple " * 4_000_000):  # cut at 20 bytes, once inside the last é
         data = characters.encode()
         whole = data[:20].decode(errors="ignore")
-        expected = processor.tokenizer(whole, truncation=True, max_length=4)["input_ids"]
+        expected = processor.tokenizer(whole, truncation=True, max_length=10)["input_ids"]
         assert processor(b" \n" * 20 + data, seed=None)["input_ids"].tolist() == expected
     with pytest.raises(SampleError, match="not UTF-8"):
         processor(b"a\xff" + b"a" * 50, seed=None)

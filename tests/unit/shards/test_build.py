@@ -53,8 +53,11 @@ def test_one_process_and_two_write_the_same_bytes_and_only_the_seed_changes_the_
     for name, jobs, seed in (("one", 1, 0), ("two", 2, 0), ("other", 1, 1)):
         build(table, to=tmp_path / name, jobs=jobs, seed=seed, samples_per_shard=7, validation_ratio=0.3)
     assert tar_bytes(tmp_path / "one") == tar_bytes(tmp_path / "two")
-    assert list(read_tars(tmp_path / "one")) != list(read_tars(tmp_path / "other"))
+    assert read_tars(tmp_path / "one", "set-validation-*.tar") != read_tars(tmp_path / "other", "set-validation-*.tar")
     assert read_tars(tmp_path / "one") == read_tars(tmp_path / "other")
+    for seed in (0, 1):
+        build(table, to=tmp_path / f"seed{seed}", seed=seed)
+    assert list(read_tars(tmp_path / "seed0")) != list(read_tars(tmp_path / "seed1"))
     build(table, to=tmp_path / "plain", samples_per_shard=7, shuffle=False)
     assert list(read_tars(tmp_path / "plain")) == [f"{n:09d}" for n in range(20)]
 

@@ -17,6 +17,7 @@ from unit.shards.built_sets import (
     read_tars,
     read_webdataset,
     tar_bytes,
+    write_csv,
 )
 
 from mmfuse.errors import ConfigError, DataError
@@ -54,7 +55,7 @@ def test_keys_lose_their_dots_and_double_ones_their_later_rows(tmp_path: Path) -
 def test_captions_come_from_several_columns_and_lists_and_others_are_kept_as_json(tmp_path: Path) -> None:
     rows = [
         {"a": "one", "b": ["two", None, "  three \n lines "], "url": "u0", "n": 1.5},
-        {"a": "[laughs] not a list", "b": None, "url": None, "n": float("nan")},
+        {"a": "[laughs] not a list", "b": "[1, 2]", "url": None, "n": float("nan")},
         {"a": ["x"], "b": {"no": "caption"}, "url": "u2", "n": 3},
         {"a": "", "b": [], "url": "u3", "n": 4},
     ]
@@ -64,7 +65,7 @@ def test_captions_come_from_several_columns_and_lists_and_others_are_kept_as_jso
     samples = read_tars(tmp_path / "out")
     assert [samples[f"{n:09d}"]["txt"] for n in range(3)] == [
         b"one\ntwo\nthree lines\n",
-        b"[laughs] not a list\n",
+        b"[laughs] not a list\n[1, 2]\n",
         b"x\n",
     ]
     assert [json.loads(samples[f"{n:09d}"]["json"]) for n in range(2)] == [
