@@ -51,7 +51,7 @@ def stack(values: list[Any]) -> Any:
     if not isinstance(values[0], np.ndarray):
         return values
     shape = values[0].shape if values[0].ndim > 1 else (LONGEST_SOUND,)
-    column = torch.zeros(len(values), *shape, dtype=torch.from_numpy(values[0]).dtype)
+    column = torch.from_numpy(np.zeros((len(values), *shape), values[0].dtype))
     for row, value in zip(column.numpy(), values, strict=True):
         row[: len(value)] = value
     return column
@@ -223,18 +223,26 @@ def open_bare(job: Job) -> Iterator[Any]:
     random.Random(SEED).shuffle(places)
     files = {path: os.open(path, os.O_RDONLY) for path, _ in places}
 
-    def read(place: tuple[Path, dict[str, tuple[int, int]]]) -> dict[str, bytes]:
+    def read(place: _Place) -> dict[str, bytes]:
         file, members = files[place[0]], place[1]
         return {extension: os.pread(file, *members[extension]) for extension in job.extensions}
 
-    samples = [read(place) for place in places] if job.decode else places
-    give = job.values_of if job.decode else read
-    parts = (samples[start : start + BATCH] for start in range(0, len(samples), BATCH))
-    return (job.collate([give(sample) for sample in part]) for part in parts)
+    if job.decode:
+        return _deliver([read(place) for place in places], job.values_of, job)
+    return _deliver(places, read, job)
 
 
-def _places(folder: Path) -> Iterator[tuple[Path, dict[str, tuple[int, int]]]]:
-    """Tar and `{extension: (size, offset)}` of every sample, by the standard library alone."""
+def _deliver(samples: list[Any], give: Callable[[Any], dict[str, Any]], job: Job) -> Iterator[Any]:
+    for start in range(0, len(samples), BATCH):
+        yield job.collate([give(sample) for sample in samples[start : start + BATCH]])
+
+
+_Place = tuple[Path, dict[str, tuple[int, int]]]
+"""Tar, and `{extension: (size, offset)}`."""
+
+
+def _places(folder: Path) -> Iterator[_Place]:
+    """Where every sample lies, by the standard library alone."""
     import tarfile
 
     for path in sorted(folder.glob("*.tar")):

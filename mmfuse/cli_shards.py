@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmfuse.cli_build import add_build, add_convert
-from mmfuse.errors import ShardError
+from mmfuse.errors import ConfigError, ShardError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -147,11 +147,14 @@ def _find(paths: list[str], *, index_folder: Path | None) -> "list[Shard]":
     from mmfuse.data.recipe import find_split, load_recipe, place_shards
     from mmfuse.data.urls import find_shards
 
+    recipes = [path for path in paths if path.endswith((".yaml", ".yml"))]
+    if recipes and index_folder:
+        raise ConfigError(f"--index-dir does not go with {recipes[0]}: set `index` in the recipe")
     shards = []
-    for name in (path for path in paths if path.endswith((".yaml", ".yml"))):
+    for name in recipes:
         recipe, place = load_recipe(name)
         shards += [shard for split in recipe.splits for shard in find_split(recipe, split, place=place)]
-    if plain := tuple(path for path in paths if not path.endswith((".yaml", ".yml"))):
+    if plain := tuple(path for path in paths if path not in recipes):
         shards += place_shards(find_shards(plain), index_folder=index_folder)
     return list(dict.fromkeys(shards))
 
@@ -173,7 +176,8 @@ def _check(options: argparse.Namespace) -> int:
 
     shards = _find(options.paths, index_folder=options.index_dir)
     known = {folder: read_manifest(folder) for folder in {shard.index_folder for shard in shards}}
-    for _ in index_shards([shard for shard in shards if shard.name not in known[shard.index_folder]]):
+    unknown = [shard for shard in shards if shard.name not in known[shard.index_folder]]
+    for _ in index_shards(unknown, jobs=options.jobs):
         pass  # what is damaged is found again below, with its kind
     summary = CheckSummary()
     parts = check_shards(
@@ -193,6 +197,7 @@ def _check(options: argparse.Namespace) -> int:
 def _stats(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from mmfuse.data.urls import show_url
     from mmfuse.files import write_text
     from mmfuse.shards.stats import collect_stats
     from mmfuse.shards.stats_table import to_table
@@ -209,7 +214,7 @@ def _stats(options: argparse.Namespace) -> int:
     if options.html:
         from mmfuse.shards.stats_page import render_stats
 
-        write_text(options.html, render_stats(stats, title=" ".join(options.paths)))
+        write_text(options.html, render_stats(stats, title=" ".join(map(show_url, options.paths))))
         print(f"page: {options.html}", file=sys.stderr)
     return 0
 
@@ -227,6 +232,7 @@ def _quarantine(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> int:
+    from mmfuse.data.urls import show_url
     from mmfuse.files import write_text
     from mmfuse.shards.view import draw_samples, find_keys, read_findings, render_samples
 
@@ -239,7 +245,7 @@ def _view(options: argparse.Namespace) -> int:
         wanted = draw_samples(shards, count=options.samples, seed=options.seed)
     page = render_samples(
         wanted,
-        title=" ".join(options.paths),
+        title=" ".join(map(show_url, options.paths)),
         rules=_rules(options.paths),
         augmentations=options.augment,
         num_workers=options.jobs,

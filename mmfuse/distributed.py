@@ -2,11 +2,14 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mmfuse.errors import DataError, MmfuseError
 
 
 def rank() -> int:
@@ -31,6 +34,25 @@ def ranks_of_this_node() -> list[int]:
     places: list[tuple[str, str]] = [here] * world_size()
     dist.all_gather_object(places, here)
     return [number for number, place in enumerate(places) if place == here]
+
+
+def raise_together(act: Callable[[], object] | None) -> None:
+    """Calls `act` on the ranks that have one; what goes wrong on any of them ends all ranks, none waits for the dead.
+
+    Raises:
+        DataError: the first rank's error, with the name of its host.
+    """
+    problem = None
+    try:
+        if act:
+            act()
+    except MmfuseError as error:
+        problem = f"{socket.gethostname()}: {error}"
+    problems: list[str | None] = [problem] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(problems, problem)
+    if found := next((problem for problem in problems if problem), None):
+        raise DataError(found)
 
 
 def slice_of_rank(total: int, *, rank: int, world_size: int) -> slice:

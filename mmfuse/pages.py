@@ -118,6 +118,11 @@ def to_svg(figure: Figure, name: str) -> str:
     return f'<svg {box.group()} aria-hidden="true">{inner}</svg>'
 
 
+def count_things(count: int, thing: str) -> str:
+    """`1 shard`, `2,000 shards`."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
+
+
 def mime_of(extension: str) -> str:
     """What a browser calls it; empty for what no page shows."""
     return _MIME.get(extension.rpartition(".")[2], "")

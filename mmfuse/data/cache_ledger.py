@@ -211,7 +211,8 @@ def forget_owner(changes: sqlite3.Connection, folder: Path, owner: str) -> None:
         if size_of(folder / name) == size:  # killed between the move to its final name and the row that says so
             changes.execute("UPDATE files SET owner = NULL WHERE name = ?", (name,))
         else:
-            index_of(folder, name).unlink(missing_ok=True)
+            for index in (folder / "indexes").glob(f"{name}{SUFFIX}*"):  # also one that was being written
+                index.unlink(missing_ok=True)
             changes.execute("DELETE FROM files WHERE name = ?", (name,))
     for table, column in (("uses", "owner"), ("failures", "owner"), ("owners", "id")):
         changes.execute(f"DELETE FROM {table} WHERE {column} = ?", (owner,))

@@ -163,8 +163,8 @@ def index_path(folder: Path, name: str) -> Path:
     return folder / f"{name}{SUFFIX}"
 
 
-def local_version(path: str) -> tuple[int, str]:
-    """Size and version of a local file, as `PartFacts` has them; OSError where there is none."""
+def local_version(path: str | int) -> tuple[int, str]:
+    """Size and version of a local file or descriptor, as `PartFacts` has them; OSError where there is none."""
     status = os.stat(path)
     return status.st_size, f"modified:{status.st_mtime_ns / 10**9:.6f}"
 

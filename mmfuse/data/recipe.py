@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, field_validator, model_validator
 
 from mmfuse.config import Settings, load_yaml, suggest, validate
 from mmfuse.data.manifest import index_name
@@ -55,6 +55,15 @@ class Split(Settings):
     shards: tuple[str, ...] | dict[str, tuple[str, ...]] = Field(min_length=1)
     """Tar files, folders, glob and brace patterns, relative to the recipe's folder, or URLs. By modality where each has
     tars of its own: the n-th tars of all belong together, and their samples are joined by key."""
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        """A single pattern needs no list. (Nor must it come back in an error: URLs may hold secrets.)"""
+        if isinstance(value, dict):
+            return {name: cls._one_pattern(patterns) for name, patterns in value.items()}
+        return (value,) if isinstance(value, str) else value
+
     samples: int | None = Field(default=None, ge=1)
     """How many samples the index must find; a difference stops the run."""
 

@@ -1,22 +1,24 @@
 """Open shards and their indexes: a few at a time, each checked against the manifest when it is opened."""
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmfuse.data.cache import cache_name
 from mmfuse.data.cache_ledger import index_of
-from mmfuse.data.cache_read import open_cached
-from mmfuse.data.manifest import PartFacts, ShardFacts, index_path, local_version
+from mmfuse.data.cache_read import is_evicted, open_cached
+from mmfuse.data.manifest import PartFacts, ShardFacts, content_hash, index_path, local_version
 from mmfuse.data.recipe import Shard
 from mmfuse.data.shard_index import ShardIndex, Span
 from mmfuse.data.urls import is_remote, show_url
 from mmfuse.errors import DataError, ShardError
 
-_MAX_OPEN_FILES = 64
-_MAX_OPEN_INDEXES = 256
+_MAX_OPEN = 512
+"""Tars, and as many indexes: what 64 lanes with windows of 8 shards read at one time."""
 _READ_TOGETHER = 1 << 16
 """Bytes."""
 
@@ -58,15 +60,6 @@ class ShardFiles:
                 return [data[span.offset - begin : span.offset - begin + span.size] for span in spans]
         return [self._read(shard, span.part, span.offset, span.size) for span in spans]
 
-    def _read(self, shard: int, part: int, offset: int, size: int) -> bytes:
-        file = self._files.get((shard, part))
-        if file is None:
-            file = self._open_file(shard, part)
-        data = os.pread(file, size, offset)
-        if len(data) != size:
-            raise ShardError(f"{self.shards[shard].shown}: ends before byte {offset + size}: it has changed")
-        return data
-
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard.
 
@@ -76,33 +69,53 @@ class ShardFiles:
         index = self._indexes.get(shard)
         if index is None:
             index = self._indexes[shard] = self._open_index(shard)
-            if len(self._indexes) > _MAX_OPEN_INDEXES:
+            if len(self._indexes) > _max_open():
                 self._indexes.popitem(last=False)[1].close()
+        else:
+            self._indexes.move_to_end(shard)
         return index
 
+    def _read(self, shard: int, part: int, offset: int, size: int) -> bytes:
+        file = self._files.get((shard, part))
+        if file is None:
+            file = self._open_file(shard, part)
+        else:
+            self._files.move_to_end((shard, part))
+        try:
+            data = os.pread(file, size, offset)
+        except OSError as error:
+            raise DataError(f"{self.shards[shard].shown}: cannot be read at byte {offset}: {error.strerror}") from error
+        if len(data) != size:
+            raise ShardError(f"{self.shards[shard].shown}: ends before byte {offset + size}: it has changed")
+        return data
+
     def _open_file(self, shard: int, part: int) -> int:
-        if len(self._files) >= _MAX_OPEN_FILES:
+        if len(self._files) >= _max_open():
             os.close(self._files.popitem(last=False)[1])
         url, facts = self.shards[shard].parts[part], self.facts[shard].parts[part]
         if is_remote(url):
+            self._close_evicted()
             cache = self._cache_of(url)
             file = open_cached(cache.folder, cache_name(url, facts.version), owner=cache.owner)
         else:
-            check_unchanged(url, facts)
-            file = os.open(url, os.O_RDONLY)
+            file = _open_unchanged(url, facts)
         self._files[shard, part] = file
         return file
 
+    def _close_evicted(self) -> None:
+        """An evicted copy takes disk space until nobody has it open."""
+        for key in [key for key, file in self._files.items() if is_evicted(file)]:
+            os.close(self._files.pop(key))
+
     def _open_index(self, shard: int) -> ShardIndex:
-        place = self.shards[shard]
+        place, facts = self.shards[shard], self.facts[shard]
         path = index_path(place.index_folder, place.name)
-        if place.is_remote and not path.is_file():
+        if place.is_remote and len(place.parts) == 1 and not path.is_file():
             self._open_file(shard, 0)  # the prefetcher indexes what it fetches
-            name = cache_name(place.parts[0], self.facts[shard].parts[0].version)
+            name = cache_name(place.parts[0], facts.parts[0].version)
             path = index_of(self._cache_of(place.parts[0]).folder, name)
         index = ShardIndex(path)
-        facts = self.facts[shard]
-        if not facts.skipped and index.header["content_hash"] != facts.content_hash:
+        if content_hash(index, skipped=facts.skipped) != facts.content_hash:
             raise ShardError(f"{place.shown}: {path} is not the index that its manifest knows; index the shard again")
         return index
 
@@ -119,14 +132,29 @@ def check_unchanged(path: str, facts: PartFacts) -> None:
         ShardError: its size or time of change differs.
         DataError: it cannot be read.
     """
+    os.close(_open_unchanged(path, facts))
+
+
+def _open_unchanged(path: str, facts: PartFacts) -> int:
     try:
-        size, version = local_version(path)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise DataError(f"{path}: cannot be read any more: {error.strerror}") from error
-    if size != facts.size:
-        what = f"has {size} bytes, but {facts.size} when it was indexed"
-    elif version != facts.version:
+    size, version = local_version(file)
+    if (size, version) == (facts.size, facts.version):
+        return file
+    os.close(file)
+    what = f"has {size} bytes, but {facts.size} when it was indexed"
+    if size == facts.size:
         what = "has been written to since it was indexed"
-    else:
-        return
     raise ShardError(f"{path}: {what}; if the change is meant, run: mmfuse shards index {os.path.dirname(path) or '.'}")
+
+
+@cache
+def _max_open() -> int:
+    """How many tars, and indexes, each source may have open; both take a descriptor, and there may be some sources."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return max(8, min(_MAX_OPEN, (soft - 256) // 8))

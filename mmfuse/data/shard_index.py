@@ -111,8 +111,11 @@ class ShardIndex:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> ShardError:
-        return ShardError(f"{self.path}: not a readable index ({error}); delete it and index the shard again")
+    def _unreadable(self, error: Exception) -> DataError:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            return DataError(f"{self.path}: cannot be read: {error.strerror}")  # nothing is wrong with the index
+        what = "is not there" if isinstance(error, FileNotFoundError) else f"not a readable index ({error}); delete it"
+        return ShardError(f"{self.path}: {what}; run: mmfuse shards index")
 
     @property
     def signature(self) -> np.ndarray:

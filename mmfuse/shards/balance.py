@@ -44,7 +44,7 @@ def find_outliers(rows: Sequence[ShardRow], *, limit: int = 20) -> list[Outlier]
         spread = 1.4826 * float(np.nanmedian(distances)) if len(known) else 0.0
         least = max(_SHARE if measure.is_share else _RELATIVE * abs(middle), 1e-12)
         scores = distances / max(spread, least / _DEVIATIONS)
-        for place in np.flatnonzero((distances > least) & (scores > _DEVIATIONS)).tolist():
+        for place in np.flatnonzero(scores > _DEVIATIONS).tolist():
             value = measure.show(float(measure.values[place]))
             found.append((scores[place], Outlier(rows[place].name, measure.what, value, measure.show(middle))))
     found.sort(key=lambda entry: (-entry[0], entry[1]))

@@ -1,11 +1,10 @@
 """`mmfuse shards index`: the index of every shard, and the manifest of each folder of indexes."""
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from itertools import islice
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from mmfuse.data.fetch import checksum_of, download, stat_remote
 from mmfuse.data.manifest import (
     PartFacts,
     ShardFacts,
+    content_hash,
     gather_facts,
     index_path,
     local_version,
@@ -24,9 +24,12 @@ from mmfuse.data.recipe import Shard
 from mmfuse.data.shard_index import ShardIndex, build_index
 from mmfuse.data.urls import is_remote, show_url
 from mmfuse.errors import DataError, ShardError
+from mmfuse.shards.workers import run_tasks
+
+logger = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 5.0
-"""An interrupted command has at most this much to do again."""
+"""An interrupted command has about this much to do again; more where saving itself takes long."""
 
 
 class IndexedShard(NamedTuple):
@@ -53,70 +56,51 @@ def index_shards(
     """
     manifests = {folder: read_manifest(folder) for folder in {shard.index_folder for shard in shards}}
     changes: dict[Path, dict[str, ShardFacts | None]] = {folder: {} for folder in manifests}
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), _SAVE_SECONDS
     try:
-        for result in _run(shards, manifests, jobs=jobs, force=force, checksum=checksum):
+        tasks = [(shard, manifests[shard.index_folder].get(shard.name)) for shard in shards]
+        for result in run_tasks(partial(_index_one, force=force, checksum=checksum), tasks, jobs=jobs):
             facts = result.outcome if isinstance(result.outcome, ShardFacts) else None
             if result.is_new:
                 changes[result.shard.index_folder][result.shard.name] = facts
-            if time.monotonic() - saved > _SAVE_SECONDS:
+            if time.monotonic() - saved > pause:
+                begun = time.monotonic()
                 _save(changes)
                 saved = time.monotonic()
+                pause = max(_SAVE_SECONDS, 20 * (saved - begun))
             yield result
     finally:
         _save(changes)
 
 
-def _run(
-    shards: Sequence[Shard],
-    manifests: dict[Path, dict[str, ShardFacts]],
-    *,
-    jobs: int,
-    force: bool,
-    checksum: bool,
-) -> Iterator[IndexedShard]:
-    tasks = ((shard, None if force else manifests[shard.index_folder].get(shard.name)) for shard in shards)
-    if jobs == 1 or len(shards) == 1:
-        for shard, known in tasks:
-            yield _index_one(shard, known, checksum=checksum)
-        return
-    # Spawned: fetching must not follow a fork.
-    with ProcessPoolExecutor(min(jobs, len(shards)), mp_context=get_context("spawn")) as pool:
-        pending: set[Future[IndexedShard]] = set()
-        try:
-            while pending or (pending := _submit(pool, tasks, number=4 * jobs, checksum=checksum)):
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                pending |= _submit(pool, tasks, number=len(done), checksum=checksum)
-                yield from (future.result() for future in done)
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _submit(
-    pool: ProcessPoolExecutor, tasks: Iterator[tuple[Shard, ShardFacts | None]], *, number: int, checksum: bool
-) -> set[Future[IndexedShard]]:
-    return {pool.submit(_index_one, shard, known, checksum=checksum) for shard, known in islice(tasks, number)}
-
-
-def _index_one(shard: Shard, known: ShardFacts | None, *, checksum: bool) -> IndexedShard:
+def _index_one(task: tuple[Shard, ShardFacts | None], *, force: bool, checksum: bool) -> IndexedShard:
+    shard, known = task
     path = index_path(shard.index_folder, shard.name)
     try:
         parts = tuple(map(_describe, shard.parts))
-        if known and _is_current(known, parts, checksum=checksum) and path.is_file():
+        if known and not force and _is_current(known, parts, checksum=checksum) and path.is_file():
             return IndexedShard(shard, known, is_new=False)
         if shard.is_remote:
             index, parts = _index_copies(shard, parts, path)
         else:
             index = _build(tuple(map(Path, shard.parts)), path)
             if checksum:
-                parts = tuple(
-                    p._replace(checksum=checksum_of(Path(u))) for p, u in zip(parts, shard.parts, strict=True)
-                )
-        return IndexedShard(shard, gather_facts(index, parts), is_new=True)
+                pairs = zip(parts, shard.parts, strict=True)
+                parts = tuple(part._replace(checksum=checksum_of(Path(url))) for part, url in pairs)
+        skipped = _still_skipped(shard, index, known) if known and not force else ()
+        return IndexedShard(shard, gather_facts(index, parts, skipped=skipped), is_new=True)
     except ShardError as error:
         path.unlink(missing_ok=True)
         return IndexedShard(shard, error, is_new=True)
+
+
+def _still_skipped(shard: Shard, index: ShardIndex, known: ShardFacts) -> tuple[int, ...]:
+    """What was taken out of a shard, if its samples are still the same."""
+    if content_hash(index, skipped=known.skipped) == known.content_hash:
+        return known.skipped
+    if known.skipped:
+        logger.warning("%s: has other samples now; the %d left out are back", shard.shown, len(known.skipped))
+    return ()
 
 
 def _describe(url: str) -> PartFacts:

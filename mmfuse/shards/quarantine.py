@@ -1,13 +1,15 @@
 """`mmfuse shards quarantine`: samples that runs found bad are left out of the plan from now on."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mmfuse.data.manifest import ShardFacts, gather_facts, index_path, read_manifest, update_manifest
+from mmfuse.data.manifest import ShardFacts, content_hash, gather_facts, index_path, read_manifest, update_manifest
 from mmfuse.data.recipe import Shard
 from mmfuse.data.shard_index import ShardIndex
+from mmfuse.data.urls import is_remote
 from mmfuse.errors import DataError
 
 
@@ -45,7 +47,7 @@ def read_bad_keys(places: Iterable[Path], *, any_member: bool) -> dict[str, set[
     return found
 
 
-def skip_samples(shards: Sequence[Shard], bad: dict[str, set[str]]) -> Iterator[SkippedSamples]:
+def skip_samples(shards: Sequence[Shard], bad: dict[str, set[str]]) -> list[SkippedSamples]:
     """Takes samples out of the manifests of their shards; the index hash changes with it, so no run mixes both orders.
 
     `mmfuse shards index --force` takes everything back.
@@ -53,11 +55,13 @@ def skip_samples(shards: Sequence[Shard], bad: dict[str, set[str]]) -> Iterator[
     Raises:
         DataError: a shard or a key is not among those that are indexed.
     """
-    known = {shard.shown: shard for shard in shards}
+    known = {_place(shard.shown): shard for shard in shards}  # a run may have named its recipe by another path
+    bad = {_place(shown): keys for shown, keys in bad.items()}
     if strangers := bad.keys() - known.keys():
         raise DataError(f"{min(strangers)}: not among the shards that were named; name its recipe or its folder")
     manifests = {shard.index_folder: read_manifest(shard.index_folder) for shard in known.values()}
     changes: dict[Path, dict[str, ShardFacts]] = {}
+    results = []
     for shown, keys in sorted(bad.items()):
         shard = known[shown]
         if shard.name not in manifests[shard.index_folder]:
@@ -65,13 +69,20 @@ def skip_samples(shards: Sequence[Shard], bad: dict[str, set[str]]) -> Iterator[
         before = manifests[shard.index_folder][shard.name]
         after = _skip(shard, before, keys)
         changes.setdefault(shard.index_folder, {})[shard.name] = after
-        yield SkippedSamples(shard, len(after.skipped) - len(before.skipped), after.samples)
+        results.append(SkippedSamples(shard, len(after.skipped) - len(before.skipped), after.samples))
     for folder, facts in changes.items():
         update_manifest(folder, facts)
+    return results
+
+
+def _place(shown: str) -> str:
+    return " + ".join(part if is_remote(part) else os.path.abspath(part) for part in shown.split(" + "))
 
 
 def _skip(shard: Shard, before: ShardFacts, keys: set[str]) -> ShardFacts:
     index = ShardIndex(index_path(shard.index_folder, shard.name))
+    if content_hash(index, skipped=before.skipped) != before.content_hash:
+        raise DataError(f"{shard.shown}: its index is not the one that its manifest knows; run: mmfuse shards index")
     numbers = {number for number in range(len(index)) if index.sample(number).key in keys}
     if len(numbers) < len(keys):
         raise DataError(f"{shard.shown}: {len(keys) - len(numbers)} of the bad samples are not in it; has it changed?")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from mmfuse.pages import Plot, render_page, show_header, show_plots, show_tile
+from mmfuse.pages import Plot, count_things, render_page, show_header, show_plots, show_tile
 from mmfuse.shards.balance import find_outliers
 from mmfuse.shards.probe import ProbeTotals
 from mmfuse.shards.sketch import Common
@@ -27,8 +27,8 @@ def render_stats(stats: ShardStats, *, title: str) -> str:
 
 
 def _header(stats: ShardStats, title: str) -> str:
-    facts = [f"{len(stats.rows):,} shards", f"{stats.samples:,} samples", format_bytes(stats.bytes)]
-    tiles = [show_tile(_round(stats.samples), above="samples", below=f"in {len(stats.rows):,} shards")]
+    facts = [count_things(len(stats.rows), "shard"), count_things(stats.samples, "sample"), format_bytes(stats.bytes)]
+    tiles = [show_tile(_round(stats.samples), above="samples", below=f"in {count_things(len(stats.rows), 'shard')}")]
     full = sum(count for subset, count in stats.subsets.items() if len(subset) == len(stats.modalities))
     complete = full / max(1, stats.samples)
     tiles.append(show_tile(f"{complete:.0%}", above="complete", below="have " + ", ".join(stats.modalities)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mmfuse.pages import count_things
 from mmfuse.shards.balance import find_outliers
 from mmfuse.shards.findings import escape_controls
 from mmfuse.shards.sketch import Sketch
@@ -12,8 +13,9 @@ _MOST_SUBSETS, _MOST_EXTENSIONS = 20, 20
 
 def to_table(stats: ShardStats) -> str:
     """What a person wants to know first, in a hundred columns."""
+    counts = [count_things(len(stats.rows), "shard"), count_things(stats.samples, "sample")]
     parts = [
-        f"{len(stats.rows):,} shards, {stats.samples:,} samples, {format_bytes(stats.bytes)}",
+        ", ".join([*counts, format_bytes(stats.bytes)]),
         _table(["modalities of a sample", "samples", "share"], _subset_rows(stats)),
         _table(["member", "count", "mean", "median", "p99", "largest", "all"], _member_rows(stats)),
     ]

@@ -63,12 +63,14 @@ def table_format(table: Path) -> str | None:
 
 
 def choose_columns(tables: tuple[Path, ...], *, config: TableConfig, modalities: tuple[str, ...]) -> TableConfig:
-    """The columns that are meant: those of the settings, or else those called like a modality or `caption`.
+    """The settings with the columns that are meant: their own, or else those called like a modality or `caption`.
 
     Raises:
         ConfigError: a table lacks a column, text comes from two places, or nothing is called so.
     """
     names = _column_names(tables[0])
+    if config.root is not None:
+        config = config.model_copy(update={"root": config.root.absolute()})  # resumed from elsewhere it is the same
     if not config.paths and not config.captions:
         found = {name: name for name in modalities if name in names and name not in _CAPTION_NAMES}
         captions = tuple(name for name in _CAPTION_NAMES if name in names)

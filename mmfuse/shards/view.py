@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mmfuse.data.recipe import MemberRule, Shard, place_shards
 from mmfuse.errors import DataError
-from mmfuse.pages import render_page, show_header
+from mmfuse.pages import count_things, render_page, show_header
 from mmfuse.shards.hostile_pool import run_jobs
 from mmfuse.shards.member_reader import local_parts, open_index
 from mmfuse.shards.modality_rules import default_rules
@@ -127,7 +127,10 @@ def render_samples(
         body = card.body if has_room else card.plain_body
         size, full = size + len(body), full + (not has_room)
         articles.append(f"<article>{card.head}{body}</article>")
-    facts = [f"{len(wanted):,} samples", f"{len({sample.shard for sample in wanted}):,} shards"]
+    facts = [
+        count_things(len(wanted), "sample"),
+        count_things(len({sample.shard for sample in wanted}), "shard"),
+    ]
     if full:
         facts.append(f"{full:,} without pictures and sounds, to keep the page below {max_bytes / 1e6:,.0f} MB")
     parts = [show_header("mmfuse samples", title, facts=facts), *articles]

@@ -12,7 +12,7 @@ from mmfuse.data.prefetch_loop import CacheConfig
 from mmfuse.data.prefetch_progress import Progress, owner_of
 from mmfuse.data.shard_files import NodeCache
 from mmfuse.data.source import Source
-from mmfuse.distributed import barrier, rank, ranks_of_this_node
+from mmfuse.distributed import raise_together, rank, ranks_of_this_node
 from mmfuse.hashing import hash_int
 
 
@@ -47,9 +47,8 @@ def prefetching(
     leads = rank() == ranks[0]
     prefetcher = Prefetcher(config, shards, uses(ranks), progress=path, num_ranks=len(ranks)) if leads else None
     try:
-        if prefetcher:
-            prefetcher.start()
-        barrier()  # the others must not open the progress file of an earlier start
+        # After the start alone: the others must not open the progress file of an earlier one.
+        raise_together(prefetcher.start if prefetcher else None)
         progress, slot = Progress(path), ranks.index(rank())
 
         def report(step: int) -> None:

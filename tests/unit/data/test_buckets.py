@@ -37,7 +37,7 @@ def write_texts(folder: Path, *, shards: int = 4, samples: int = 50) -> str:
 
 def open_bucketed(recipe: str, *, count: int) -> Source:
     config = SourceConfig(recipe=recipe)
-    plain = open_source(config, modalities=("text",))
+    plain = open_source(config, modalities=("text",), keep_lengths=True)
     buckets = choose_buckets(BucketConfig(modality="text", count=count), [(plain.name, plain.facts, ("txt", "long"))])
     return open_source(config, modalities=("text",), buckets=buckets)
 
@@ -89,7 +89,7 @@ def test_lengths_that_cannot_be_parted_are_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", {f"{n}.txt": b"same" for n in range(9)})
     index_folder(tmp_path)
     recipe = write_yaml(tmp_path / "r.yaml", {"name": "t", "splits": {"train": {"shards": ["0.tar"]}}})
-    source = open_source(SourceConfig(recipe=str(recipe)), modalities=("text", "audio"))
+    source = open_source(SourceConfig(recipe=str(recipe)), modalities=("text", "audio"), keep_lengths=True)
     with pytest.raises(ConfigError, match="all text members are about equally long"):
         choose_buckets(BucketConfig(modality="text", count=2), [(source.name, source.facts, ("txt",))])
     with pytest.raises(ConfigError, match="no training sample has audio"):

@@ -89,7 +89,7 @@ def test_the_file_system_of_a_path_is_that_of_the_innermost_mount() -> None:
 def test_an_interrupted_change_did_not_happen(tmp_path: Path) -> None:
     cache = join_cache(tmp_path)
     with pytest.raises(KeyboardInterrupt), cache._ledger.transaction() as changes:
-        changes.execute("INSERT INTO files VALUES ('a', 30, NULL)")
+        changes.execute("INSERT INTO files VALUES ('a', 30, NULL, 0)")
         raise KeyboardInterrupt
     assert cache.reserve("b", 30)
     cache.close()

@@ -19,7 +19,8 @@ from mmfuse.data.cache import cache_name
 from mmfuse.data.cache_read import open_cached
 from mmfuse.data.fetch import FetchConfig
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch import CacheConfig, CachedShard, Prefetcher, Progress
+from mmfuse.data.prefetch import CacheConfig, Prefetcher, Progress
+from mmfuse.data.prefetch_ahead import CachedShard, Copies
 from mmfuse.errors import ConfigError, DataError
 
 PATHS = ("/a/00000.tar", "/b/00000.tar", "/a/00001.tar", "/b/00001.tar", "/c/00000.tar", "/c/00001.tar")
@@ -41,16 +42,19 @@ for step, read in enumerate(sys.argv[4:]):
     progress.report(slot, step)
 """
 PARENT = """
-import functools, sys, time
+import functools, os, sys, time
 from pathlib import Path
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch import CacheConfig, CachedShard, Prefetcher
+from mmfuse.data.prefetch import CacheConfig, Prefetcher
+from mmfuse.data.prefetch_ahead import CachedShard
 folder = Path(sys.argv[1])
 config = CacheConfig(folder=folder / "cache", budget_gib=0.01)
 shards = {(0, 0): (CachedShard(sys.argv[2], int(sys.argv[3]), ""),)}
 uses = functools.partial(iter, [ShardUse(0, 0, 0, 0)])
 with Prefetcher(config, shards, uses, progress=folder / "progress", num_ranks=1) as prefetcher:
-    print(prefetcher.pid, flush=True)
+    worker = os.fork()  # as a loader's: it inherits the parent's end of every pipe
+    if worker:
+        print(prefetcher.pid, worker, flush=True)
     time.sleep(60)
 """
 
@@ -65,7 +69,7 @@ def version(path: str) -> str:
     return f'"{path}"'
 
 
-def shards_at(bucket: Bucket, paths: Sequence[str] = PATHS) -> dict[tuple[int, int], tuple[CachedShard, ...]]:
+def shards_at(bucket: Bucket, paths: Sequence[str] = PATHS) -> Copies:
     return {(0, n): (CachedShard(bucket.address + path, SHARD_BYTES, version(path)),) for n, path in enumerate(paths)}
 
 
@@ -75,7 +79,7 @@ def one_a_step(*shards: int, first_step: int = 0) -> list[ShardUse]:
 
 def make(
     folder: Path,
-    shards: dict[tuple[int, int], tuple[CachedShard, ...]],
+    shards: Copies,
     uses: list[ShardUse],
     *,
     room: int = 3,
@@ -95,8 +99,9 @@ def make(
     )
 
 
-def read(prefetcher: Prefetcher, shard: CachedShard) -> bytes:
-    """What a worker reads of a shard, when it is there."""
+def read(prefetcher: Prefetcher, tars: tuple[CachedShard, ...]) -> bytes:
+    """What a worker reads of a shard of one tar, when it is there."""
+    (shard,) = tars
     name = cache_name(shard.url, shard.version)
     with open(open_cached(prefetcher.config.place, name, owner=prefetcher.owner), "rb") as file:
         return file.read()
@@ -172,7 +177,7 @@ def test_a_working_set_that_outgrows_the_budget_later_stops_the_run(tmp_path: Pa
     # Beyond what is read ahead at the start.
     uses = [*one_a_step(*(step % 4 for step in range(1200))), *(ShardUse(1300, 1400, 0, shard) for shard in range(4))]
     shards = shards_at(bucket, PATHS[:4])
-    with make(tmp_path, shards, uses, room=3) as prefetcher:
+    with make(tmp_path, shards, uses, room=3, deadline_seconds=600.0) as prefetcher:
         Progress(prefetcher.progress).report(0, 1299)
         with pytest.raises(DataError, match=r"this step reads 4 shards, .* but data\.cache\.budget_gib"):
             for shard in shards.values():
@@ -214,7 +219,7 @@ def test_a_kill_in_mid_download_costs_only_what_was_missing(tmp_path: Path, buck
     assert len([name for name in left if name.endswith(".part")]) == 3
     with make(tmp_path, shards, one_a_step(0, 1, 2, 3), room=4) as again:
         assert [read(again, shard) for shard in shards.values()] == [content_of(path) for path in paths]
-    assert files_in(folder) == {cache_name(shard.url, shard.version) for shard in shards.values()} | {"2.tar.part"}
+    assert files_in(folder) == {cache_name(shard.url, shard.version) for (shard,) in shards.values()} | {"2.tar.part"}
     assert [bucket.downloads[path] for path in paths] == [1, 1, 2, 2]
     assert (folder / "2.tar.part").read_bytes() == b"a stranger's"
     prefetcher.close()
@@ -238,11 +243,12 @@ def test_the_prefetcher_ends_with_a_parent_that_is_killed(tmp_path: Path, bucket
     command = [sys.executable, "-c", PARENT, tmp_path, url, str(SHARD_BYTES)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
-        pid = int(parent.stdout.readline())
+        pid, worker = map(int, parent.stdout.readline().split())
         wait_until(lambda: bytes_in(tmp_path / "cache") > 0)
         assert not has_ended(pid)
         parent.kill()
     wait_until(lambda: has_ended(pid), seconds=10.0)
+    os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -258,9 +264,9 @@ def test_a_worker_is_told_why_its_shard_does_not_come(
 ) -> None:
     shard = CachedShard((address or bucket.address) + path, SHARD_BYTES, "v")
     started = time.monotonic()
-    with make(tmp_path, {(0, 0): shard}, one_a_step(0), deadline_seconds=2.0) as prefetcher:
+    with make(tmp_path, {(0, 0): (shard,)}, one_a_step(0), deadline_seconds=2.0) as prefetcher:
         with pytest.raises(DataError, match=told) as error:
-            read(prefetcher, shard)
+            read(prefetcher, (shard,))
         prefetcher.check()
     assert "s3cr3t" not in str(error.value) and time.monotonic() - started < 60
 

@@ -37,6 +37,12 @@ def test_the_working_set_is_the_largest_that_any_step_needs(seed: int) -> None:
     assert needs[found.step] == found.sizes
 
 
+@pytest.mark.parametrize(("gap", "step", "together"), [(1, 5, 2), (2, 0, 1)])
+def test_a_shard_is_held_for_one_step_after_its_last(gap: int, step: int, together: int) -> None:
+    found = LookAhead(SHARDS, iter([ShardUse(0, 4, 0, 3), ShardUse(4 + gap, 9, 0, 0)])).working_set()
+    assert (found.step, len(found.sizes)) == (step, together)
+
+
 def test_an_endless_plan_is_read_as_far_as_it_matters_and_goes_on(seed: int = 0) -> None:
     ahead = LookAhead(SHARDS, endless(seed))
     assert ahead.step == 99 and 1024 <= len(ahead.uses) <= 2048
@@ -68,4 +74,5 @@ def test_urls_that_differ_in_their_query_alone_need_a_version() -> None:
     with pytest.raises(ConfigError, match=r"^https://host/get: is named with different queries"):
         LookAhead({(0, n): (CachedShard(url, 10, ""),) for n, url in enumerate(urls)}, iter([]))
     LookAhead({(0, n): (CachedShard(url, 10, f"v{n}"),) for n, url in enumerate(urls)}, iter([]))
+    LookAhead({(0, n): (CachedShard(url, 10, "signed twice"),) for n, url in enumerate(urls)}, iter([]))
     LookAhead({(n, 0): (CachedShard(urls[0], 10, ""),) for n in range(2)}, iter([]))

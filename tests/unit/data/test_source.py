@@ -135,7 +135,7 @@ def test_a_shard_that_shrinks_or_goes_while_it_is_read_stops_with_its_name(tmp_p
 
 
 def test_more_shards_than_open_files_are_read_right(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shard_files, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(shard_files, "_max_open", lambda: 2)
     recipe = write_data_set(tmp_path / "set", shard_sizes=(1,) * 5, modalities=["image"])
     source = open_source(SourceConfig(recipe=str(recipe)), modalities=("image",))
     for number in (0, 1, 2, 0, 3, 4, 1, 0):

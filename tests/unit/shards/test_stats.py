@@ -164,5 +164,5 @@ def test_shards_of_one_kind_and_few_shards_do_not_stand_out() -> None:
 def test_the_table_says_it_in_words_and_is_harmless_in_a_terminal(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "x.tar", {"1.txt": b"two words", "1.\x1b[31m": b"x", "2.txt": b"two words"})
     table = to_table(stats_of([shard], probe=True))
-    assert "1 shards, 2 samples" in table and "caption, words" in table and "50.0% repeat another" in table
+    assert "1 shard, 2 samples, " in table and "caption, words" in table and "50.0% repeat another" in table
     assert "\x1b" not in table

@@ -1,0 +1,105 @@
+"""Training from a bucket: the samples and losses of local tars, through a cache that stays within its budget."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_data_set, write_tiny_run, write_yaml
+from servers import HttpServer, serve_http
+
+from mmfuse.cli import main
+from mmfuse.errors import DataError
+from mmfuse.train.run import load_run
+from mmfuse.train.trainer import train
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+SHARDS = (6, 5, 7, 6, 8, 4, 6, 5, 7, 6)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[HttpServer]:
+    with serve_http(tmp_path / "server") as running:
+        write_data_set(tmp_path / "local", shard_sizes=SHARDS, modalities=["text", "image"])
+        for tar in (tmp_path / "local").glob("*.tar"):
+            shutil.copy2(tar, running.files)
+        yield running
+
+
+def write_recipe(folder: Path, address: str) -> Path:
+    """As the local data set's, whose name it has, so that both deal the same samples."""
+    shards = [f"{address}/train-{{0..{len(SHARDS) - 1}}}.tar"]
+    recipe = {"name": "local", "splits": {"train": {"shards": shards, "samples": sum(SHARDS)}}}
+    return write_yaml(folder / "bucket.yaml", recipe)
+
+
+def train_on(recipe: Path, output: Path, *, cache: Path, budget: int, **changes: Any) -> list[dict[str, Any]]:
+    """Six steps of a tiny run in this process with a worker; its metrics."""
+    overrides = [
+        "train.steps=6",
+        "train.log_every=1",
+        "train.record_samples=true",
+        "train.global_batch=8",
+        "data.lanes=4",
+        "data.window_shards=1",
+        "data.num_workers=1",
+        "data.prefetch_batches=1",
+        f"output_dir={output}",
+        f"data.cache.folder={cache}",
+        f"data.cache.budget_gib={budget / 2**30}",
+        *(f"{name}={value}" for name, value in changes.items()),
+    ]
+    train(load_run(str(write_tiny_run(output.parent, recipe)), overrides=overrides))
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def keys_of(output: Path) -> list[list[str]]:
+    lines = (output / "samples.rank0.jsonl").read_text().splitlines()
+    return [[key.rpartition("/")[2] for key in json.loads(line)["keys"]] for line in lines]
+
+
+def test_a_run_from_a_server_is_the_run_from_local_tars(server: HttpServer, tmp_path: Path) -> None:
+    tar = max(path.stat().st_size for path in server.files.iterdir())
+    recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
+    assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
+    for sidecar in (tmp_path / "bucket.index").glob("*.mmindex"):
+        sidecar.unlink()  # nodes need the manifest alone
+    cache = tmp_path / "cache"
+    remote = train_on(recipe, tmp_path / "remote", cache=cache, budget=9 * tar)
+    local = train_on(tmp_path / "local/recipe.yaml", tmp_path / "here", cache=cache, budget=9 * tar)
+    assert keys_of(tmp_path / "remote") == keys_of(tmp_path / "here")
+    assert [line["loss"] for line in remote] == [line["loss"] for line in local]
+    copies = [path for path in cache.iterdir() if path.name.endswith(".tar")]
+    assert copies and sum(path.stat().st_size for path in copies) <= 9 * tar
+    assert len(list((cache / "indexes").iterdir())) == len(copies)
+    assert not list(cache.glob("*.part"))
+
+
+def test_a_shard_that_changes_on_the_server_stops_the_run_with_its_name(server: HttpServer, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
+    assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
+    for path in server.files.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"thing", b"thang"))
+        os.utime(path, (1, 1))  # nginx tells versions by the second
+    with pytest.raises(DataError, match=r"train-\d.tar.* has changed since it was indexed"):
+        train_on(recipe, tmp_path / "out", cache=tmp_path / "cache", budget=10**6)
+
+
+def test_a_server_that_is_gone_ends_the_run_within_the_deadline(server: HttpServer, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
+    assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
+    server.process.kill()
+    with pytest.raises(DataError, match=r"deadline_seconds"):
+        changes = {"data.cache.fetch.deadline_seconds": 2.0}
+        train_on(recipe, tmp_path / "out", cache=tmp_path / "cache", budget=10**6, **changes)
+
+
+def test_a_budget_below_one_window_is_refused_with_the_formula(server: HttpServer, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
+    assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
+    with pytest.raises(DataError, match=r"budget_gib = .* is too small: .*lanes x data.window_shards"):
+        train_on(recipe, tmp_path / "out", cache=tmp_path / "cache", budget=30_000)
