@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,12 +30,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone among the processes that lock this file; where a file system knows no locks, not alone."""
-    with open(path, "ab") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """Alone among the processes that lock this folder; where a file system knows no locks, not alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

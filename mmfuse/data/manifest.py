@@ -144,7 +144,7 @@ def update_manifest(folder: Path, changes: Mapping[str, ShardFacts], *, remove: 
     gone = set(remove)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f".{MANIFEST}.lock"):
+        with locked(folder):
             shards = {
                 name: facts for name, facts in (read_manifest(folder) | dict(changes)).items() if name not in gone
             }

@@ -142,10 +142,17 @@ class _Records:
 
     def __init__(self, folder: Path, engine: Engine, *, start: int, samples: bool) -> None:
         self._faults = RankLines(folder, "quarantine", engine.rank, engine.world_size, start=start)
+        self._told: set[str] = set()
         self._samples = RankLines(folder, "samples", engine.rank, engine.world_size, start=start) if samples else None
 
     def add(self, batch: Batch) -> None:
         if self._samples:
             self._samples.write(batch.step + 1, {"keys": batch.keys})
         for fault in batch.faults:
+            if fault.source not in self._told:
+                self._told.add(fault.source)
+                logger.warning(
+                    "%s/%s.%s: %s; it counts as missing, as will other bad members of %s; all are in %s",
+                    *(fault.shard, fault.key, fault.extension, fault.reason, fault.source, self._faults.path),
+                )
             self._faults.write(batch.step + 1, fault._asdict())

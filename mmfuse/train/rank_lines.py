@@ -12,9 +12,9 @@ class RankLines:
 
     def __init__(self, folder: Path, name: str, rank: int, world_size: int, *, start: int) -> None:
         """Drops what was written after step `start`, also by ranks that a larger world had before."""
-        self._path = folder / f"{name}.rank{rank}.jsonl"
+        self.path = folder / f"{name}.rank{rank}.jsonl"
         self._file: TextIO | None = None
-        drop_lines_after(self._path, start)
+        drop_lines_after(self.path, start)
         for other in folder.glob(f"{name}.rank*.jsonl"):
             if rank == 0 and int(other.name.split(".")[-2].removeprefix("rank")) >= world_size:
                 drop_lines_after(other, start)
@@ -22,6 +22,6 @@ class RankLines:
     def write(self, step: int, content: dict[str, Any]) -> None:
         """One line, there at once for whoever looks."""
         if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
         self._file.write(json.dumps({"step": step, **content}) + "\n")

@@ -142,10 +142,14 @@ def test_a_missing_index_is_told_with_the_command_that_makes_it(
 ) -> None:
     for index in (tmp_path / "set").glob("*.mmindex"):
         index.unlink()
-    says = ("train-0.tar has no index", f"run: mmfuse shards index {tmp_path / 'set'}")
+    says = (".mmindex: is not there", f"run: mmfuse shards index {tmp_path / 'set'}")
     mmfuse("train", run, fails=DATA, says=says)
+    says = ("train-0.tar: is not indexed", "run: mmfuse shards index")
     mmfuse("shards", "stats", tmp_path / "set", fails=DATA, says=says)
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "set/manifest.mmindex.json").unlink()
+    says = ("train-0.tar and 1 more: not indexed", f"run: mmfuse shards index {tmp_path / 'set'}")
+    mmfuse("train", run, fails=DATA, says=says)
+    assert not (tmp_path / "out/checkpoints").exists()
     assert not list((tmp_path / "set").glob("*.mmindex"))
 
 
@@ -167,8 +171,8 @@ def test_a_bad_shard_is_named_and_the_others_are_still_done(
         os.truncate(bad, 700)
     if fault == "damaged header":
         damage(bad, 148, b"7")
-    mmfuse("shards", command, "*.tar", fails=DATA, says=(f"mmfuse: error: {bad.name}: ", *says))
-    assert files_in(tmp_path) == {good.name, f"{good.name}.mmindex", bad.name}
+    mmfuse("shards", command, "*.tar", fails=DATA, says=(f"{bad.name}: ", *says))
+    assert files_in(tmp_path) == {good.name, f"{good.name}.mmindex", bad.name, "manifest.mmindex.json"}
 
 
 def test_a_shard_that_became_damaged_stops_training(
@@ -182,42 +186,55 @@ def test_a_shard_that_became_damaged_stops_training(
 def test_a_text_called_jpg_is_found_by_check(mmfuse: Command, tmp_path: Path) -> None:
     write_tar(tmp_path / "1.tar", {"0001.jpg": b"not a picture", "0002.jpg": picture_bytes(2)})
     write_tar(tmp_path / "11.tar", {"0003.txt": b"\xff"})
-    says = ("1.tar/0001.jpg: not a readable JPEG", "11.tar/0003.txt: not UTF-8")
-    printed = mmfuse("shards", "check", "--json", ".", fails=DATA, says=says)
-    found = json.loads(printed)
-    assert found["samples"] == 3
-    assert len(found["bad"]) == 2
+    says = ("1.tar: 0001.jpg: not_decodable: not a readable JPEG", "11.tar: 0003.txt: not_decodable: not UTF-8")
+    found = json.loads(mmfuse("shards", "check", "--json", "--findings", "found.jsonl", ".", fails=DATA, says=says))
+    assert (found["samples"], found["good"], found["findings"]) == (3, False, {"not_decodable": 2})
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [(line["shard"], line["key"]) for line in lines] == [("1.tar", "0001"), ("11.tar", "0003")]
+    quarantine = ("shards", "quarantine", "--from", "found.jsonl", "--any-member", ".")
+    assert "2 samples in 2 shards are left out" in mmfuse(*quarantine, fails=0, says=())
     (tmp_path / "11.tar").unlink()
     printed = mmfuse("shards", "check", "1.tar", fails=DATA, says=says[:1])
-    assert printed == "2 samples checked: 1 problems\n"
+    assert printed.startswith("2 samples with 2 members checked")
 
 
 def test_check_reads_a_good_shard_whose_name_ends_that_of_a_damaged_one(mmfuse: Command, tmp_path: Path) -> None:
     write_tar(tmp_path / "1.tar", {"0001.jpg": b"not a picture"})
     write_tar(tmp_path / "11.tar", {"0002.jpg": picture_bytes(2)})
     damage(tmp_path / "11.tar", 148, b"7")
-    mmfuse("shards", "check", "1.tar", "11.tar", fails=DATA, says=("11.tar: damaged", "bad: 1.tar/0001.jpg"))
+    mmfuse("shards", "check", "1.tar", "11.tar", fails=DATA, says=("11.tar: damaged", "1.tar: 0001.jpg"))
 
 
-def test_training_stops_at_a_text_called_jpg_and_names_it(
+def test_training_goes_on_without_a_text_called_jpg_and_names_it(
     mmfuse: Command, tmp_path: Path, run: Path, fresh_accelerator: None
 ) -> None:
     members = sample_members(0, ["text"]) | {"0000.jpg": b"not a picture"} | sample_members(1, ["text", "image"])
     write_tar(tmp_path / "set/train-0.tar", members)
     (tmp_path / "set/train-1.tar").unlink()
     mmfuse("shards", "index", "--force", tmp_path / "set", fails=0, says=())
-    says = ("set/train-0.tar/0000.jpg: not a readable JPEG", "mmfuse shards check")
-    mmfuse("train", run, fails=DATA, says=says)
-    assert not (tmp_path / "out/checkpoints").exists()
+    mmfuse("train", run, fails=0, says=("set/train-0.tar/0000.jpg: not a readable JPEG", "quarantine.rank0.jsonl"))
+    fault = json.loads((tmp_path / "out/quarantine.rank0.jsonl").read_text().splitlines()[0])
+    assert (fault["key"], fault["extension"], fault["lost"]) == ("0000", "jpg", False)
+    mmfuse(
+        "train",
+        run,
+        "--set",
+        "data.quarantine.judge_after=1",
+        "--set",
+        f"output_dir={tmp_path / 'strict'}",
+        fails=DATA,
+        says=("data.quarantine.max_share = 0.01", "mmfuse shards check"),
+    )
+    assert not (tmp_path / "strict/checkpoints").exists()
 
 
 def test_stats_as_json_parse_and_add_up(mmfuse: Command, tmp_path: Path, data: Path) -> None:
     stats = json.loads(mmfuse("shards", "stats", "--json", tmp_path / "set", fails=0, says=()))
-    assert (stats["shards"], stats["samples"], stats["subsets"]) == (2, 8, {"jpg+txt": 8})
-    assert stats["members"]["jpg"]["count"] == 8
+    assert (stats["shards"], stats["samples"], stats["subsets"]) == (2, 8, {"image+text": 8})
+    assert stats["member_bytes"]["jpg"]["count"] == 8
     assert stats["bytes"] == sum(shard.stat().st_size for shard in (tmp_path / "set").glob("*.tar"))
     table = mmfuse("shards", "stats", tmp_path / "set", fails=0, says=())
-    assert "jpg + txt" in table and "100.0%" in table
+    assert "image + text" in table and "100.0%" in table
 
 
 # Checkpoints
