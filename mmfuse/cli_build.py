@@ -21,7 +21,8 @@ def add_build(commands: Any) -> None:
         description="Writes NAME-000000.tar, ... with their indexes and the recipe NAME.yaml into OUT. Bytes are "
         "copied, not encoded again. The same input gives the same bytes, whatever --jobs is; started again, it goes on "
         "where it stopped. Files that cannot be read are left out, counted, and named in build_problems.jsonl.",
-        epilog="Examples: mmfuse shards build captions.csv --out shards/mine --image path --caption title   "
+        epilog="Columns called text, caption, captions, image or audio are taken where none is named. "
+        "Examples: mmfuse shards build captions.csv --out shards/mine --image path --caption title   "
         "mmfuse shards build pictures/ --out shards/mine --caption-from-folder 'a photo of a {}'",
     )
     build.add_argument(
@@ -132,13 +133,14 @@ def _show(events: "Iterator[Progress]", *, what: str) -> int:
     with tqdm(desc=what, unit="shard", leave=False, disable=None) as bar:
         for last in events:
             bar.total, bar.n = last.shards or None, last.shards_done
-            bar.set_postfix(samples=f"{last.samples:,}", problems=last.problems, refresh=True)
+            rows = {} if last.shards else {"rows": f"{last.rows:,}"}
+            bar.set_postfix(rows | {"samples": f"{last.samples:,}", "problems": last.problems})
     if last is None or last.recipe is None:
         raise ConfigError(f"nothing came of {what}")
     for note in last.notes:
         print(note, file=sys.stderr)
     print(f"{last.shards_done:,} shards with {last.samples:,} samples, {last.bytes / 2**20:,.1f} MiB")
     if last.problems:
-        print(f"{last.problems:,} problems, {last.left_out:,} rows left out; each is named in {last.recipe.parent}")
+        print(f"{last.problems:,} problems, {last.left_out:,} rows left out, named above or in {last.recipe.parent}")
     print(f"recipe: {last.recipe}")
     return 0

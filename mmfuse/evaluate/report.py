@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,9 +82,18 @@ def _read_report(folder: Path, *, k: int) -> Report:
         loss_curves=[curve for name in ("loss", *terms) for curve in _draw(name, [_series(metrics, name)])],
         machine_curves=_draw_machine(metrics, others=[n for n in names if n not in terms]),
         last_metrics=metrics[-1] if metrics else {},
+        bad_members=_count_bad_members(folder),
         run_yaml=(folder / "run.yaml").read_text(encoding="utf-8"),
         environment=_read_environment(folder / "environment.json"),
     )
+
+
+def _count_bad_members(folder: Path) -> Counter[tuple[str, str]]:
+    """Bad members that all ranks met, by source and kind."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for path in folder.glob("quarantine.rank*.jsonl"):
+        counts.update((str(fault["source"]), str(fault["kind"])) for fault in _read_metrics(path))
+    return counts
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ class Report(NamedTuple):
     loss_curves: list[Plot]
     machine_curves: list[Plot]
     last_metrics: Mapping[str, Any]
+    bad_members: Mapping[tuple[str, str], int]
+    """By source and kind."""
     run_yaml: str
     environment: Mapping[str, Any]
 
@@ -49,6 +51,7 @@ def render_report(report: Report, *, sources: Mapping[str, Source]) -> str:
         _retrieval(report),
         _figures("Losses", report.loss_curves),
         _figures("Optimizer and throughput", report.machine_curves, note=_machine_note(report.last_metrics)),
+        _bad_members(report.bad_members),
         *(_examples(name, directions, cards) for name, directions in report.final.items()),
         _details(report),
     ]
@@ -126,6 +129,20 @@ def _arrow(direction: str) -> str:
 
 def _figures(title: str, plots: list[Plot], *, note: str = "") -> str:
     return f"<section><h2>{title}</h2>{note}{show_plots(plots)}</section>" if plots else ""
+
+
+def _bad_members(counts: Mapping[tuple[str, str], int]) -> str:
+    if not counts:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(source)}</td><td>{escape(kind)}</td><td>{count:,}</td></tr>"
+        for (source, kind), count in sorted(counts.items())
+    )
+    return (
+        "<section><h2>Bad members</h2><p class='note'>Each masked its modality; every one is named in "
+        "quarantine.rankN.jsonl.</p><table><thead><tr><th>source</th><th>kind</th><th>times met</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></section>"
+    )
 
 
 def _machine_note(last: Mapping[str, Any]) -> str:

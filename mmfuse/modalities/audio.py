@@ -155,7 +155,7 @@ class AudioProcessor:
             raise SampleError(f"not a readable WAV, FLAC, MP3, Ogg or Opus sound: {error}") from error
         if not len(values):
             raise SampleError("the sound is empty")
-        # Not `mean`, which takes 10 times as long over two channels.
+        # Not `mean`, which takes 7 times as long over two channels.
         mono = functools.reduce(torch.add, torch.from_numpy(values).unbind(1)) / values.shape[1]
         # By the ratio: torchaudio's kernel grows with both rates, 500 MB for 22,050 and 23,152 Hz.
         return resample(resample(mono, rate, new_rate), _SPEED_STEPS + faster, _SPEED_STEPS)
