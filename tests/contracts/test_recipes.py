@@ -19,7 +19,7 @@ def test_a_recipe_loads_and_says_what_it_is(path: Path) -> None:
     assert recipe.name == path.stem
     assert recipe.description and recipe.licence
     assert set(recipe.members) <= set(ALL)
-    assert recipe.attribution is None or (folder / recipe.attribution).is_file()
+    assert recipe.attribution is None or (folder.parent / recipe.attribution).is_file()
     for split in recipe.splits.values():
         assert split.samples, "counts keep a half-built data set from being trained on"
         assert not any(Path(pattern).is_absolute() for pattern in split.shards)
@@ -46,6 +46,6 @@ def test_new_emoji_have_no_concept_of_train_and_new_drawings_have_no_other(emoji
     groups = {}
     for split in SPLITS:
         source = open_source(SourceConfig(recipe=str(emoji_sample), split=split), modalities=ALL)
-        groups[split] = {source.read(number).group_id for number in range(len(source))}
+        groups[split] = {source.read(number).group for number in range(len(source))}
     assert groups["new_drawings"] == groups["train"]
     assert not groups["new_emoji"] & groups["train"]

@@ -1,4 +1,4 @@
-"""Pictures: opened within limits, loaded upright and on white, and changed at random as torchvision would, only faster.
+"""Pictures: opened within limits, loaded upright and on white, and changed at random as torchvision would.
 
 No modality: a folder without `__init__.py` is none.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageEnhance, ImageStat
+from PIL import ExifTags, Image, ImageEnhance
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -122,25 +122,14 @@ def _draw_crop(size: tuple[int, int], min_scale: float, generator: Generator) ->
 
 
 def jitter_colors(picture: Image.Image, *, strength: float, generator: Generator) -> Image.Image:
-    """torchvision's ColorJitter of brightness, contrast and saturation, pixel for pixel; the first two by tables."""
+    """torchvision's ColorJitter of brightness, contrast and saturation, pixel for pixel."""
     order = torch.randperm(4, generator=generator).tolist()  # the fourth is hue
     factors = torch.empty(3).uniform_(max(1 - strength, 0), 1 + strength, generator=generator).tolist()
-    for change in order:
-        if change == 0:
-            picture = _blend_with_grey(picture, 0, factors[0])
-        elif change == 1:
-            mean = ImageStat.Stat(picture.convert("L")).mean[0]
-            picture = _blend_with_grey(picture, int(mean + 0.5), factors[1])
-        elif change == 2:
-            picture = ImageEnhance.Color(picture).enhance(factors[2])
+    changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for number in order:
+        if number < len(changes):
+            picture = changes[number](picture).enhance(factors[number])
     return picture
-
-
-def _blend_with_grey(picture: Image.Image, grey: int, factor: float) -> Image.Image:
-    """`Image.blend` of a grey picture with this one, worked out for the 256 values instead of for every pixel."""
-    values = Image.frombytes("L", (256, 1), bytes(range(256)))
-    table = Image.blend(Image.new("L", (256, 1), grey), values, factor)
-    return picture.point(list(table.tobytes()) * 3)
 
 
 class DrawsFrom(TorchFunctionMode):
