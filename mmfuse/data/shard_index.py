@@ -115,7 +115,9 @@ class ShardIndex:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             return DataError(f"{self.path}: cannot be read: {error.strerror}")  # nothing is wrong with the index
         what = "is not there" if isinstance(error, FileNotFoundError) else f"not a readable index ({error}); delete it"
-        return ShardError(f"{self.path}: {what}, and index the shard again; run: mmfuse shards index {self.path.parent}")
+        return ShardError(
+            f"{self.path}: {what}, and index the shard again; run: mmfuse shards index {self.path.parent}"
+        )
 
     @property
     def signature(self) -> np.ndarray:
