@@ -27,7 +27,7 @@ class SampleError(DataError):
     """One member of one sample cannot be decoded. Masks its modality; many of them stop the run."""
 
     def __init__(self, message: str, *, kind: str = "not_decodable") -> None:
-        """`kind` is what it is counted under: a few words, the same for all of its kind."""
+        """`kind` is what it is counted under; `mmfuse.shards.findings.KINDS` lists them."""
         super().__init__(message)
         self.kind = kind
 

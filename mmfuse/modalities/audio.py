@@ -122,7 +122,7 @@ class AudioProcessor:
             waveform = _change_loudness(waveform, config.augment, generator)
         fbank = log_mel(waveform, sample_rate=config.sample_rate, num_mel_bins=config.num_mel_bins)
         if not math.isfinite(fbank.sum()):  # `torch.isfinite` takes 40 times as long
-            raise SampleError("the sound has values that are not finite, or too large")
+            raise SampleError("the sound has values that are not finite, or too large", kind="not_finite")
         fbank.sub_(AST_MEAN).div_(AST_TWICE_STD)
         if generator is not None:
             _mask_bands(fbank, config.augment, generator)
@@ -141,7 +141,8 @@ class AudioProcessor:
             with soundfile.SoundFile(io.BytesIO(data)) as sound:
                 rate, seconds = sound.samplerate, sound.frames / sound.samplerate
                 if seconds > self.config.max_seconds:
-                    raise SampleError(f"recording of {seconds:.0f} s exceeds max_seconds = {self.config.max_seconds}")
+                    said = f"recording of {seconds:.0f} s exceeds max_seconds = {self.config.max_seconds}"
+                    raise SampleError(said, kind="too_large")
                 _check_rate(rate, new_rate)
                 longest = int(1.5 * clip_seconds * rate)  # at the fastest speed
                 if generator is not None:
@@ -154,7 +155,7 @@ class AudioProcessor:
         except soundfile.LibsndfileError as error:
             raise SampleError(f"not a readable WAV, FLAC, MP3, Ogg or Opus sound: {error}") from error
         if not len(values):
-            raise SampleError("the sound is empty")
+            raise SampleError("the sound is empty", kind="empty")
         # Not `mean`, which takes 7 times as long over two channels.
         mono = functools.reduce(torch.add, torch.from_numpy(values).unbind(1)) / values.shape[1]
         # By the ratio: torchaudio's kernel grows with both rates, 500 MB for 22,050 and 23,152 Hz.

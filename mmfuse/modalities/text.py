@@ -97,7 +97,7 @@ class TextProcessor:
         except UnicodeDecodeError as error:
             raise SampleError(f"not UTF-8 text: {error}") from error
         if not text:
-            raise SampleError("the text is empty")
+            raise SampleError("the text is empty", kind="empty")
         return text
 
     def collate(self, features: list[Features]) -> Features:

@@ -43,10 +43,10 @@ def open_picture(data: bytes, *, max_pixels: int, image_size: int) -> Image.Imag
         picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
         size = f"{picture.width} x {picture.height}"
         if picture.width * picture.height > max_pixels:
-            raise SampleError(f"picture of {size} pixels exceeds max_pixels = {max_pixels}")
+            raise SampleError(f"picture of {size} pixels exceeds max_pixels = {max_pixels}", kind="too_large")
         # What evaluation would make of it: 60,000 x 1 pixels become 5,760,000 x 96.
         if image_size**2 * max(picture.size) > max_pixels * min(picture.size):
-            raise SampleError(f"picture of {size} pixels is too thin")
+            raise SampleError(f"picture of {size} pixels is too thin", kind="too_large")
         if picture.format != "JPEG":
             picture.load()  # the EXIF of a PNG may stand after its pixels
     return picture
