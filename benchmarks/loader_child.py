@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.ma  # NumPy loads both at their first use, 40 ms; imports are not measured
+import numpy.random
 import torch
 import xxhash
 
-from benchmarks.loader_systems import SYSTEMS, Job
-from benchmarks.measure import read_clock
+from benchmarks.loader_systems import SEED, SYSTEMS, Job, open_bare
+from benchmarks.measure import Cost, read_clock
 
 
 def columns_of(batch: Any, job: Job) -> list[Any]:
@@ -36,23 +38,45 @@ def size_of(column: Any) -> int:
     return sum(map(len, column))
 
 
+def consume(batch: Any, job: Job) -> tuple[int, int]:
+    """Samples and size of a batch, which touches every value of it."""
+    columns = columns_of(batch, job)
+    return len(columns[0]), sum(map(size_of, columns))
+
+
 def measure(system: str, job: Job) -> dict[str, float]:
-    """Cost of opening, and of one whole epoch until its workers have ended; count and size of what came."""
+    """Cost of one whole epoch until its workers have ended, of opening, and of the bare calls; count and size.
+
+    Without workers, every batch is followed by one of the bare calls: a machine whose speed changes from second to
+    second slows both, and their ratio means something.
+    """
     count = size = 0
+    own = bare_calls = Cost(0.0, 0.0)
+    bare = iter([] if job.num_workers else open_bare(job, seed=SEED + 1))  # not what the system has just read
     begin = read_clock()
     loader = SYSTEMS[system](job)
-    opened = read_clock()
+    opened = since = read_clock()
     for batch in loader:
-        columns = columns_of(batch, job)
-        count += len(columns[0])
-        size += sum(map(size_of, columns))
-    del loader
-    gc.collect()
-    for worker in multiprocessing.active_children():
-        worker.join()  # only then the operating system counts its time
-    cost = read_clock().since(opened)
-    opening = opened.since(begin)
-    return {"samples": count, "size": size, "cpu": cost.cpu_seconds, "wall": cost.wall_seconds} | {
+        samples, values = consume(batch, job)
+        count, size = count + samples, size + values
+        now = read_clock()
+        own = own.plus(now.since(since))
+        if reference := next(bare, None):
+            consume(reference, job)
+        since = read_clock()
+        bare_calls = bare_calls.plus(since.since(now))
+    if job.num_workers:
+        del loader
+        gc.collect()  # 80 ms
+        for worker in multiprocessing.active_children():
+            worker.join()  # only then the operating system counts its time
+    own, opening = own.plus(read_clock().since(since)), opened.since(begin)
+    return {
+        "samples": count,
+        "size": size,
+        "cpu": own.cpu_seconds,
+        "wall": own.wall_seconds,
+        "bare_cpu": bare_calls.cpu_seconds,
         "open_cpu": opening.cpu_seconds,
         "open_wall": opening.wall_seconds,
     }

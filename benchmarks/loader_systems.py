@@ -84,16 +84,18 @@ def open_mmfuse(job: Job) -> Iterable[Any]:
     modalities = dict(zip(("image", "text", "audio"), job.extensions, strict=True))
     processors = {m: _MmfuseProcessor(job, DECODERS[e] if job.decode else None) for m, e in modalities.items()}
     decoder = SampleDecoder([source], processors, seed=SEED)  # type: ignore[arg-type]  # lists instead of tensors
-    steps = len(source) // BATCH
-    requests = functools.partial(training_requests, plan, start=0, stop=steps, rank=0, world_size=1)
+    requests = functools.partial(training_requests, plan, start=0, stop=len(source) // BATCH, rank=0, world_size=1)
     batches = load_batches(decoder, requests, num_workers=job.num_workers)
     return ({e: batch.inputs[m].inputs["values"] for m, e in modalities.items()} for batch in batches)
 
 
 def open_mmfuse_source(job: Job) -> Iterable[Any]:
     """`Source.read` in the order of the plan, without a loader."""
+    from mmfuse.data.loader import training_requests
+
     source, plan = _open_mmfuse_plan(job)
-    numbers = (plan.rows(step, 0, BATCH)[:, 1].tolist() for step in range(len(source) // BATCH))
+    requests = training_requests(plan, start=0, stop=len(source) // BATCH, rank=0, world_size=1)
+    numbers = (request.refs[:, 1].tolist() for request in requests)
     return ([job.values_of(dict(source.read(number).members.values())) for number in batch] for batch in numbers)
 
 
@@ -217,10 +219,10 @@ def open_litdata(job: Job) -> Iterable[Any]:
     return litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=job.num_workers, collate_fn=job.collate)
 
 
-def open_bare(job: Job) -> Iterator[Any]:
+def open_bare(job: Job, *, seed: int = SEED) -> Iterator[Any]:
     """The floor. Decoding: the calls alone, on bytes in memory; reading: `os.pread` of each member at a known place."""
     places = list(_places(job.folder))
-    random.Random(SEED).shuffle(places)
+    random.Random(seed).shuffle(places)
     files = {path: os.open(path, os.O_RDONLY) for path, _ in places}
 
     def read(place: _Place) -> dict[str, bytes]:

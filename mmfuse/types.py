@@ -36,8 +36,7 @@ class Fault(NamedTuple):
     """Whether nothing else is left of the sample."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One decoded sample. A modality without an entry in `features` is absent; a sample may have lost all of them."""
 
     sample_id: int

@@ -9,7 +9,7 @@ from mmfuse.errors import SampleError
 
 
 def choose_caption(data: bytes, rule: MemberRule, *, seed: int | None) -> bytes:
-    """One caption of several, drawn by `seed`, or the first without one; other members as they are.
+    """One caption of several, drawn by `seed`, or the first without one; a whole member as it is.
 
     Raises:
         SampleError: there is none, or the JSON is not any.

@@ -30,6 +30,8 @@ class SampleDecoder:
     def __init__(self, sources: list[Source], processors: dict[str, Processor], *, seed: int | None) -> None:
         """With `seed` None the deterministic transforms of evaluation."""
         self.sources, self.processors, self.seed = sources, processors, seed
+        self._source_seeds = [hash_int(seed, source.name) for source in sources]
+        self._modality_seeds = {modality: hash_int(modality) for modality in processors}
 
     def __call__(self, ref: SampleRef) -> Sample:
         """One decoded sample; padding (`number < 0`) has no modality.
@@ -42,14 +44,19 @@ class SampleDecoder:
             return Sample(sample_id=-1, group_id=-1, key="", features={})
         bucket, number = divmod(ref.source, len(self.sources))
         source = self.sources[number]
-        seed = None if self.seed is None else hash_int(self.seed, source.name, ref.epoch, bucket, ref.number)
+        seed = None if self.seed is None else hash_int(self._source_seeds[number], bucket, ref.epoch, ref.number)
         raw = source.read(ref.number, bucket=bucket, seed=seed)
         features, problems = {}, {}
         for modality, (extension, data) in raw.members.items():
+            member_seed = None if seed is None else seed ^ self._modality_seeds[modality]
             try:
-                features[modality] = self._decode(modality, data, source, seed=seed)
+                if source.rules[modality].captions != "whole":
+                    data = choose_caption(data, source.rules[modality], seed=member_seed)
+                features[modality] = self.processors[modality](data, seed=member_seed)
             except SampleError as error:
                 problems[extension] = error
+            except Exception as error:  # decoders of foreign bytes raise what they like; limits stop what is our fault
+                problems[extension] = SampleError(f"{type(error).__name__}: {error}", kind="unexpected")
         sample_id = ref.source << SOURCE_BITS | ref.number
         return Sample(
             sample_id=sample_id,
@@ -58,17 +65,6 @@ class SampleDecoder:
             features=features,
             faults=_describe(problems, source.name, raw, lost=not features) if problems else (),
         )
-
-    def _decode(self, modality: str, data: bytes, source: Source, *, seed: int | None):
-        seed = None if seed is None else hash_int(seed, modality)
-        try:
-            return self.processors[modality](choose_caption(data, source.rules[modality], seed=seed), seed=seed)
-        except SampleError:
-            raise
-        except (
-            Exception
-        ) as error:  # decoders of foreign bytes raise what they like; the limits stop what is no sample's fault
-            raise SampleError(f"{type(error).__name__}: {error}", kind="unexpected") from error
 
 
 def _describe(problems: dict[str, SampleError], source: str, raw: RawSample, *, lost: bool) -> tuple[Fault, ...]:

@@ -39,7 +39,7 @@ class PlannedDataset(Dataset[Batch | MmfuseError]):
 
     def __getitem__(self, request: BatchRequest) -> Batch | MmfuseError:
         try:
-            samples = [self.decoder(SampleRef(*map(int, ref))) for ref in request.refs]
+            samples = [self.decoder(SampleRef(*ref)) for ref in request.refs.tolist()]
         except MmfuseError as error:
             return error
         return collate_samples(samples, self.decoder.processors, step=request.step, global_rows=request.global_rows)

@@ -3,7 +3,6 @@
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,6 @@ from mmfuse.errors import DataError, ShardError
 
 _MAX_OPEN = 512
 """Tars, and as many indexes: what 64 lanes with windows of 8 shards read at one time."""
-_READ_TOGETHER = 1 << 16
-"""Bytes."""
 
 
 class NodeCache(NamedTuple):
@@ -43,22 +40,28 @@ class ShardFiles:
         """Without what is open: file numbers mean others in a spawned worker."""
         return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
 
-    def read(self, shard: int, spans: Sequence[Span]) -> list[bytes]:
-        """Members of one sample.
+    def read(self, shard: int, span: Span) -> bytes:
+        """One member.
 
-        Small neighbours are read in one go: a system call costs more than copying 20 KB.
+        A sample's neighbours are not read in one go: the copies of them cost as much as the calls that it saves.
 
         Raises:
             ShardError: the tar has changed since it was indexed.
             DataError: it cannot be read, or fetched.
         """
-        if len(spans) > 1 and len(self.shards[shard].parts) == 1:
-            begin = min([span.offset for span in spans])
-            size = max([span.offset + span.size for span in spans]) - begin
-            if size <= _READ_TOGETHER:
-                data = self._read(shard, 0, begin, size)
-                return [data[span.offset - begin : span.offset - begin + span.size] for span in spans]
-        return [self._read(shard, span.part, span.offset, span.size) for span in spans]
+        _, part, offset, size = span
+        file = self._files.get((shard, part))
+        if file is None:
+            file = self._open_file(shard, part)
+        else:
+            self._files.move_to_end((shard, part))
+        try:
+            data = os.pread(file, size, offset)
+        except OSError as error:
+            raise DataError(f"{self.shards[shard].shown}: cannot be read at byte {offset}: {error.strerror}") from error
+        if len(data) != size:
+            raise ShardError(f"{self.shards[shard].shown}: ends before byte {offset + size}: it has changed")
+        return data
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard.
@@ -74,20 +77,6 @@ class ShardFiles:
         else:
             self._indexes.move_to_end(shard)
         return index
-
-    def _read(self, shard: int, part: int, offset: int, size: int) -> bytes:
-        file = self._files.get((shard, part))
-        if file is None:
-            file = self._open_file(shard, part)
-        else:
-            self._files.move_to_end((shard, part))
-        try:
-            data = os.pread(file, size, offset)
-        except OSError as error:
-            raise DataError(f"{self.shards[shard].shown}: cannot be read at byte {offset}: {error.strerror}") from error
-        if len(data) != size:
-            raise ShardError(f"{self.shards[shard].shown}: ends before byte {offset + size}: it has changed")
-        return data
 
     def _open_file(self, shard: int, part: int) -> int:
         if len(self._files) >= _max_open():

@@ -28,6 +28,8 @@ _MAX_CHOICES = 64
 
 Choices = tuple[tuple[str, ...], ...]
 """Per modality the extensions that hold it, the preferred one first."""
+Span = tuple[str, int, int, int]
+"""Where one member lies: extension, which tar of several aligned ones (0 in plain shards), offset, size."""
 
 
 class SampleMembers(NamedTuple):
@@ -38,16 +40,6 @@ class SampleMembers(NamedTuple):
     """Extension -> (offset, size)."""
     parts: dict[str, int]
     """Extension -> which tar of several aligned ones; 0 in plain shards."""
-
-
-class Span(NamedTuple):
-    """Where one member lies."""
-
-    extension: str
-    part: int
-    """Which tar of several aligned ones; 0 in plain shards."""
-    offset: int
-    size: int
 
 
 class ShardIndex:
@@ -169,9 +161,9 @@ class ShardIndex:
         for chosen in chosen_by_signature[signature[number]]:
             if chosen is None:
                 spans.append(None)
-                continue
-            place = first + chosen[1]
-            spans.append(Span(chosen[0], parts[place] if parts else 0, offsets[place], sizes[place]))
+            else:
+                extension, place = chosen[0], first + chosen[1]
+                spans.append((extension, parts[place] if parts else 0, offsets[place], sizes[place]))
         return str(keys[key_end[number - 1] if number else 0 : key_end[number]], "utf-8", "surrogateescape"), spans
 
     def _choose(self, choices: Choices) -> list[list[tuple[str, int] | None]]:

@@ -130,13 +130,10 @@ class Source:
         key, spans = index.spans(inside, self._choices)
         if seed is not None and self._weights:
             self._draw_extensions(index, inside, spans, seed=seed)
-        found = [span for span in spans if span is not None]
-        data = iter(self.files.read(shard, found))
-        members = {
-            modality: (span.extension, next(data))
-            for modality, span in zip(self._modalities, spans, strict=True)
-            if span
-        }
+        members = {}
+        for modality, span in zip(self._modalities, spans, strict=True):
+            if span:
+                members[modality] = (span[0], self.files.read(shard, span))
         group = self._group_of(shard, key) if self.group_pattern else None
         return RawSample(self._shown[shard], key, group, members)
 

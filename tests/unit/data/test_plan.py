@@ -217,7 +217,8 @@ def test_shard_uses_cover_what_is_read_and_little_else(rows: list[range], start:
     assert read <= used
     over = [use for use in uses if use.last_step < stop]
     unread = [u for u in over if not any((s, u.source, u.shard) in read for s in range(u.first_step, u.last_step + 1))]
-    assert len(unread) <= 0.2 * len(over)  # of a lane of which these rows are a part, the others may read it
+    # The other rows of a lane may read what these do not; with all rows, nothing is copied in vain.
+    assert len(unread) <= (0 if rows == [range(24)] else 0.3) * len(over)
 
 
 def test_lanes_and_seed_and_buckets_are_in_the_identity() -> None:

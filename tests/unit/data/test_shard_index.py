@@ -127,7 +127,7 @@ def test_spans_are_the_preferred_members_of_a_sample(tmp_path: Path) -> None:
 
     def read(number: int, choices) -> tuple[str, list[tuple[str, bytes] | None]]:
         key, spans = index.spans(number, choices)
-        return key, [span and (span.extension, data[span.offset : span.offset + span.size]) for span in spans]
+        return key, [span and (span[0], data[span[2] : span[2] + span[3]]) for span in spans]
 
     expected = [
         ("0", [("png", b"12"), None, None]),
@@ -138,7 +138,7 @@ def test_spans_are_the_preferred_members_of_a_sample(tmp_path: Path) -> None:
     assert [read(number, CHOICES) for number in range(4)] == expected
     assert read(1, (("seg.png",),)) == ("1", [("seg.png", b"1")])
     assert [read(number, CHOICES) for number in range(4)] == expected
-    assert {span.part for span in index.spans(0, CHOICES)[1] if span} == {0}
+    assert {span[1] for span in index.spans(0, CHOICES)[1] if span} == {0}
     assert index.member_sizes(("png", "jpg")).tolist() == [2, -1, -1, 1]
     assert index.member_sizes(("seg.png", "json")).tolist() == [-1, 1, 0, -1]
     assert index.member_sizes(("wav",)).tolist() == [-1] * 4
