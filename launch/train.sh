@@ -27,7 +27,7 @@ if [[ -x $here/../.venv/bin/accelerate ]] && ! command -v accelerate >/dev/null;
 
 gpus=0
 if [[ $strategy == cpu ]]; then :
-elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true)
+elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c '[^[:space:]]' || true)
 elif command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
 machines=${NUM_MACHINES:-1}
 if [[ $strategy == cpu ]]; then processes=1

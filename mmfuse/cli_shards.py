@@ -126,17 +126,21 @@ def _add_quarantine(commands) -> None:
 def _index(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from mmfuse.shards.index import index_shards
+    from mmfuse.shards.index import compare_with_img2dataset, index_shards
 
     shards = _find(options.paths, index_folder=options.index_dir)
     results = index_shards(shards, jobs=options.jobs, force=options.force, checksum=options.checksum)
-    damaged, samples, kept = 0, 0, 0
+    damaged, samples, kept, done = 0, 0, 0, []
     for result in tqdm(results, total=len(shards), desc="indexing", unit="shard", leave=False, disable=None):
+        done.append(result)
         if isinstance(result.outcome, ShardError):
             damaged += 1
             tqdm.write(f"mmfuse: error: {result.outcome}", file=sys.stderr)
         else:
             samples, kept = samples + result.outcome.samples, kept + (not result.is_new)
+    notes = [result.note for result in done if result.note]
+    for note in (*notes, *compare_with_img2dataset(done)):
+        print(f"mmfuse: warning: {note}", file=sys.stderr)
     found = f"{len(shards) - damaged} shards with {samples:,} samples are indexed"
     print(found + (f" ({kept} were up to date)" if kept else "") + (f"; {damaged} are damaged" if damaged else ""))
     return ShardError.exit_code if damaged else 0
@@ -145,7 +149,7 @@ def _index(options: argparse.Namespace) -> int:
 def _find(paths: list[str], *, index_folder: Path | None) -> "list[Shard]":
     """Shards that are named by files, folders, patterns, URLs, or a recipe for all its splits."""
     from mmfuse.data.recipe import find_split, load_recipe, place_shards
-    from mmfuse.data.urls import find_shards
+    from mmfuse.data.remote.urls import find_shards
 
     recipes = [path for path in paths if path.endswith((".yaml", ".yml"))]
     if recipes and index_folder:
@@ -197,7 +201,7 @@ def _check(options: argparse.Namespace) -> int:
 def _stats(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from mmfuse.data.urls import show_url
+    from mmfuse.data.remote.urls import show_url
     from mmfuse.files import write_text
     from mmfuse.shards.stats import collect_stats
     from mmfuse.shards.stats_table import to_table
@@ -232,7 +236,7 @@ def _quarantine(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> int:
-    from mmfuse.data.urls import show_url
+    from mmfuse.data.remote.urls import show_url
     from mmfuse.files import write_text
     from mmfuse.shards.view import draw_samples, find_keys, read_findings, render_samples
 

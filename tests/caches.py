@@ -8,7 +8,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from mmfuse.data.cache import FileUse, ShardCache
+from mmfuse.data.remote.cache import FileUse, ShardCache
 
 FILE_BYTES = 10
 OWN_FILES = {"owners", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.lock"}

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from mmfuse.data.recipe import place_shards
-from mmfuse.data.urls import find_shards
+from mmfuse.data.remote.urls import find_shards
 from mmfuse.shards.index import IndexedShard, index_shards
 
 REPOSITORY = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmfuse.data.remote.urls import is_remote, show_url
 from mmfuse.data.shard_index import SUFFIX, ShardIndex
-from mmfuse.data.urls import is_remote, show_url
 from mmfuse.errors import DataError
 from mmfuse.files import locked, write_text
 from mmfuse.hashing import hash_int

@@ -4,9 +4,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from mmfuse.config import Settings
 from mmfuse.data.buckets import BucketConfig, LengthBuckets
-from mmfuse.data.prefetch_loop import CacheConfig
 from mmfuse.data.quarantine import QuarantineConfig
 from mmfuse.data.recipe import load_recipe
+from mmfuse.data.remote.prefetch_loop import CacheConfig
 from mmfuse.data.shard_files import NodeCache
 from mmfuse.data.source import Source
 

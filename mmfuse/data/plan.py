@@ -32,6 +32,8 @@ class PlannedSource(NamedTuple):
     """Samples of each shard: int64 `(shards,)`, or `(buckets, shards)`."""
     weight: float
     index_hash: str
+    reading: str = ""
+    """Which members are read, and how."""
 
 
 class DataPlan:
@@ -72,14 +74,17 @@ class DataPlan:
         self._parts = [self._plan_bucket(number, shares) for number in range(shares.shape[1])]
 
     def identity(self) -> dict[str, Any]:
-        """All that the order depends on but for the weights; a resumed run must have the same."""
+        """All that samples and their order depend on but for the weights; a resumed run must have the same."""
         return {
             "seed": self.seed,
             "global_batch": self.global_batch,
             "lanes": self.lanes,
             "window_shards": self.window_shards,
             "buckets": len(self._parts),
-            "sources": [{"name": source.name, "index_hash": source.index_hash} for source in self.sources],
+            "sources": [
+                {"name": source.name, "index_hash": source.index_hash, "reading": source.reading}
+                for source in self.sources
+            ],
         }
 
     def rows(self, step: int, start: int, stop: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, field_validator, mode
 
 from mmfuse.config import Settings, load_yaml, suggest, validate
 from mmfuse.data.manifest import index_name
-from mmfuse.data.urls import find_shards, is_remote, show_url
+from mmfuse.data.remote.urls import find_shards, is_remote, show_url
 from mmfuse.errors import ConfigError, DataError
 
 REPOSITORY_RECIPES = Path(__file__).parents[2] / "data_shards" / "recipes"

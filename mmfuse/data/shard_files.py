@@ -7,13 +7,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmfuse.data.cache import cache_name
-from mmfuse.data.cache_ledger import index_of
-from mmfuse.data.cache_read import is_evicted, open_cached
 from mmfuse.data.manifest import PartFacts, ShardFacts, content_hash, index_path, local_version
 from mmfuse.data.recipe import Shard
+from mmfuse.data.remote.cache import cache_name
+from mmfuse.data.remote.cache_ledger import index_of
+from mmfuse.data.remote.cache_read import is_evicted, open_cached
+from mmfuse.data.remote.urls import is_remote, show_url
 from mmfuse.data.shard_index import ShardIndex, Span
-from mmfuse.data.urls import is_remote, show_url
 from mmfuse.errors import DataError, ShardError
 
 _MAX_OPEN = 512
@@ -85,7 +85,8 @@ class ShardFiles:
         if is_remote(url):
             self._close_evicted()
             cache = self._cache_of(url)
-            file = open_cached(cache.folder, cache_name(url, facts.version), owner=cache.owner)
+            name = cache_name(url, facts.version, indexed=len(self.shards[shard].parts) == 1)
+            file = open_cached(cache.folder, name, owner=cache.owner)
         else:
             file = _open_unchanged(url, facts)
         self._files[shard, part] = file
@@ -101,7 +102,7 @@ class ShardFiles:
         path = index_path(place.index_folder, place.name)
         if place.is_remote and len(place.parts) == 1 and not path.is_file():
             self._open_file(shard, 0)  # the prefetcher indexes what it fetches
-            name = cache_name(place.parts[0], facts.parts[0].version)
+            name = cache_name(place.parts[0], facts.parts[0].version, indexed=True)
             path = index_of(self._cache_of(place.parts[0]).folder, name)
         index = ShardIndex(path)
         if content_hash(index, skipped=facts.skipped) != facts.content_hash:

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,9 @@ from mmfuse.data.buckets import LengthBuckets
 from mmfuse.data.captions import order_by_weight
 from mmfuse.data.manifest import ShardFacts, read_manifest
 from mmfuse.data.recipe import MemberRule, Recipe, Shard, find_split
+from mmfuse.data.remote.urls import is_remote
 from mmfuse.data.shard_files import NodeCache, ShardFiles, check_unchanged
 from mmfuse.data.shard_index import ShardIndex, Span
-from mmfuse.data.urls import is_remote
 from mmfuse.errors import ConfigError, DataError
 from mmfuse.hashing import hash_int
 
@@ -82,6 +83,12 @@ class Source:
     def index_hash(self) -> str:
         """Changes when any shard's samples, members or their order do."""
         return f"{hash_int(*(facts.content_hash for facts in self.facts)):016x}"
+
+    @property
+    def reading(self) -> str:
+        """Which members are read, and how: readable, and another where the same tars would give other samples."""
+        rules = {modality: rule.model_dump(mode="json") for modality, rule in self.rules.items()}
+        return json.dumps({"members": rules, "group_pattern": self.group_pattern and self.group_pattern.pattern})
 
     @cached_property
     def counts_by_bucket(self) -> np.ndarray:

@@ -206,7 +206,7 @@ def _index(tars: list[Path], *, jobs: int) -> Generator[Progress, None, dict[Pat
     facts: dict[Path, ShardFacts] = {}
     damaged, progress = [], Progress(rows=len(tars), shards=len(tars))
     shards = place_shards(map(str, tars), index_folder=None)
-    for shard, outcome, _ in index_shards(shards, jobs=jobs):
+    for shard, outcome, *_ in index_shards(shards, jobs=jobs):
         if isinstance(outcome, ShardError):
             damaged.append(str(outcome))
         else:

@@ -3,13 +3,12 @@
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from mmfuse.data.aligned import build_joined_index
-from mmfuse.data.fetch import checksum_of, download, stat_remote
 from mmfuse.data.manifest import (
     PartFacts,
     ShardFacts,
@@ -21,9 +20,12 @@ from mmfuse.data.manifest import (
     update_manifest,
 )
 from mmfuse.data.recipe import Shard
+from mmfuse.data.remote.fetch import checksum_of, download, stat_remote
+from mmfuse.data.remote.urls import is_remote, show_url
 from mmfuse.data.shard_index import ShardIndex, build_index
-from mmfuse.data.urls import is_remote, show_url
 from mmfuse.errors import DataError, ShardError
+from mmfuse.shards.energon import check_energon_offsets
+from mmfuse.shards.img2dataset import check_img2dataset
 from mmfuse.shards.workers import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ class IndexedShard(NamedTuple):
     outcome: ShardFacts | ShardError
     is_new: bool
     """False where its index was up to date."""
+    note: str | None = None
+    """Where what another tool recorded of the shard is not what is in it."""
 
 
 def index_shards(
@@ -88,10 +92,30 @@ def _index_one(task: tuple[Shard, ShardFacts | None], *, force: bool, checksum: 
                 pairs = zip(parts, shard.parts, strict=True)
                 parts = tuple(part._replace(checksum=checksum_of(Path(url))) for part, url in pairs)
         skipped = _still_skipped(shard, index, known) if known and not force else ()
-        return IndexedShard(shard, gather_facts(index, parts, skipped=skipped), is_new=True)
+        facts, note = gather_facts(index, parts, skipped=skipped), _compare_with_energon(shard, index)
+        return IndexedShard(shard, facts, is_new=True, note=note)
     except ShardError as error:
         path.unlink(missing_ok=True)
         return IndexedShard(shard, error, is_new=True)
+
+
+def _compare_with_energon(shard: Shard, index: ShardIndex) -> str | None:
+    if shard.is_remote or len(shard.parts) > 1:
+        return None
+    try:
+        return check_energon_offsets(Path(shard.parts[0]), index)
+    except ShardError as error:
+        return str(error)  # of the list: nothing is wrong with the tar
+
+
+def compare_with_img2dataset(shards: Iterable[IndexedShard]) -> Iterator[str]:
+    """A sentence for each local shard that has not the samples of which img2dataset tells in its folder."""
+    counts = [
+        (Path(shard.parts[0]), outcome.samples)
+        for shard, outcome, *_ in shards
+        if isinstance(outcome, ShardFacts) and len(shard.parts) == 1 and not shard.is_remote
+    ]
+    return check_img2dataset(counts)
 
 
 def _still_skipped(shard: Shard, index: ShardIndex, known: ShardFacts) -> tuple[int, ...]:

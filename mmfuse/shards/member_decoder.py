@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,8 +17,6 @@ from mmfuse.modalities.base import ModalityConfig, Processor
 from mmfuse.pages import mime_of
 from mmfuse.shards.findings import describe_error
 
-_LIMIT = re.compile(r"\bexceeds (max_|limit)|\btoo thin\b")
-"""How processors, and Pillow, say that a member is beyond a limit of theirs, where they do not give it a kind."""
 _BLOCK_FRAMES = 1 << 16
 
 
@@ -60,8 +57,6 @@ class MemberDecoder:
             try:
                 processor(choose_caption(data, rule, seed=None), seed=None)
             except SampleError as error:
-                if error.kind == "not_decodable" and _LIMIT.search(str(error)):
-                    return Verdict("too_large", describe_error(error))
                 beyond = None if error.kind == "too_large" else _judge_sound(extension, data)
                 return beyond or Verdict(error.kind, describe_error(error))
             return _judge_sound(extension, data)

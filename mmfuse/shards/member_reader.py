@@ -7,8 +7,8 @@ from typing import NamedTuple, Self
 
 from mmfuse.data.manifest import index_path
 from mmfuse.data.recipe import Shard
+from mmfuse.data.remote.urls import is_remote
 from mmfuse.data.shard_index import ShardIndex
-from mmfuse.data.urls import is_remote
 from mmfuse.errors import DataError, ShardError
 
 _HEADER_BYTES = 16_384

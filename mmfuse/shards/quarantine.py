@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from mmfuse.data.manifest import ShardFacts, content_hash, gather_facts, index_path, read_manifest, update_manifest
 from mmfuse.data.recipe import Shard
+from mmfuse.data.remote.urls import is_remote
 from mmfuse.data.shard_index import ShardIndex
-from mmfuse.data.urls import is_remote
 from mmfuse.errors import DataError
 
 

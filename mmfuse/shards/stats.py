@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mmfuse.data.recipe import MemberRule, Shard
+from mmfuse.data.remote.urls import is_remote
 from mmfuse.data.shard_index import ShardIndex
-from mmfuse.data.urls import is_remote
 from mmfuse.errors import ShardError
 from mmfuse.shards.hostile_pool import run_jobs
 from mmfuse.shards.member_reader import local_parts, open_index

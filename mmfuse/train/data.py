@@ -53,9 +53,19 @@ class TrainingData:
         return {f"sources/{source.name}/epochs": number for source, number in epochs}
 
     def batches(
-        self, processors: dict[str, Processor], *, start: int, engine: Engine, metrics: MetricsWriter
+        self,
+        processors: dict[str, Processor],
+        *,
+        start: int,
+        engine: Engine,
+        metrics: MetricsWriter,
+        beside_bytes: int = 0,
     ) -> Iterator[Batch]:
-        """This rank's micro-batches from step `start` to the end of the run, on its device."""
+        """This rank's micro-batches from step `start` to the end of the run, on its device.
+
+        Args:
+            beside_bytes: of the node's cache, what evaluation will need meanwhile.
+        """
         run = self.run
 
         def requests() -> Iterator[BatchRequest]:
@@ -78,7 +88,9 @@ class TrainingData:
         quarantine = Quarantine([source.name for source in self.sources], run.data.quarantine)
         records = _Records(run.folder, engine, start=start, samples=run.train.record_samples)
         uses = partial(self._uses, start, engine.world_size)
-        with prefetching(run.data.cache, self.sources, uses, run_folder=run.folder, purpose="train") as report:
+        with prefetching(
+            run.data.cache, self.sources, uses, run_folder=run.folder, purpose="train", beside_bytes=beside_bytes
+        ) as report:
             since = time.perf_counter()
             for number, batch in enumerate(batches, start=1):
                 metrics.count_wait(time.perf_counter() - since)
@@ -108,7 +120,11 @@ class TrainingData:
             [
                 # Without weights, sources count by their sizes.
                 PlannedSource(
-                    source.name, source.counts_by_bucket, config.weight or float(len(source)), source.index_hash
+                    source.name,
+                    source.counts_by_bucket,
+                    config.weight or float(len(source)),
+                    source.index_hash,
+                    source.reading,
                 )
                 for config, source in zip(run.data.train, self.sources, strict=True)
             ],

@@ -22,7 +22,7 @@ from mmfuse.files import write_text
 from mmfuse.task import Task
 from mmfuse.train.checkpoint import RUN, load_weights, read_facts, verify_checkpoint
 from mmfuse.train.environment import write_environment
-from mmfuse.train.prefetch import evaluation_uses, node_cache, prefetching
+from mmfuse.train.prefetch import bytes_at_a_time, evaluation_uses, node_cache, prefetching
 from mmfuse.train.run import RunConfig, load_run
 from mmfuse.types import Batch, Fault
 
@@ -55,8 +55,20 @@ class Evaluator:
             results[name] = evaluate_retrieval(embedded, self.config)
         return results
 
+    def cache_bytes(self) -> int:
+        """What evaluation needs of the node's cache at one time."""
+        sources = self.sources.values()
+        return max((bytes_at_a_time(source, self._uses(source)) for source in sources), default=0)
+
+    def _uses(self, source: Source) -> Iterator[ShardUse]:
+        return evaluation_uses(source.counts.tolist(), batch_size=self._batch_size)
+
+    @property
+    def _batch_size(self) -> int:
+        return max(self.config.batch_size, world_size())
+
     def _batches(self, name: str, source: Source) -> Iterator[Batch]:
-        batch_size = max(self.config.batch_size, world_size())
+        batch_size = self._batch_size
 
         def requests() -> Iterator[BatchRequest]:
             return evaluation_requests(len(source), batch_size=batch_size, rank=rank(), world_size=world_size())

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmfuse.data.order import ShardUse
-from mmfuse.data.prefetch import Prefetcher
-from mmfuse.data.prefetch_ahead import CachedShard
-from mmfuse.data.prefetch_loop import CacheConfig
-from mmfuse.data.prefetch_progress import Progress, owner_of
+from mmfuse.data.remote.prefetch import Prefetcher
+from mmfuse.data.remote.prefetch_ahead import CachedShard, LookAhead
+from mmfuse.data.remote.prefetch_loop import CacheConfig
+from mmfuse.data.remote.prefetch_progress import Progress, owner_of
 from mmfuse.data.shard_files import NodeCache
 from mmfuse.data.source import Source
 from mmfuse.distributed import raise_together, rank, ranks_of_this_node
@@ -29,23 +29,28 @@ def prefetching(
     *,
     run_folder: Path,
     purpose: str,
+    beside_bytes: int = 0,
 ) -> Iterator[Callable[[int], None]]:
     """Remote shards of the sources are copied to this node meanwhile, if there are any; all ranks must call.
 
     Args:
         uses: what the ranks of a node read; gives something that pickles.
         purpose: tells this cache user from others of the same run.
+        beside_bytes: of the budget, what others of the same run will need meanwhile.
     Returns:
         To be called with every step for which this rank has got all that it reads. Raises a DataError when the
         prefetcher has ended.
     """
-    shards = {(number, shard): parts for number, source in enumerate(sources) for shard, parts in _copies(source)}
+    shards = _copies(sources)
     if not shards:
         yield lambda step: None
         return
     ranks, path = ranks_of_this_node(), _progress_of(config, run_folder, purpose)
-    leads = rank() == ranks[0]
-    prefetcher = Prefetcher(config, shards, uses(ranks), progress=path, num_ranks=len(ranks)) if leads else None
+    prefetcher = None
+    if rank() == ranks[0]:
+        prefetcher = Prefetcher(
+            config, shards, uses(ranks), progress=path, num_ranks=len(ranks), beside_bytes=beside_bytes
+        )
     try:
         # After the start alone: the others must not open the progress file of an earlier one.
         raise_together(prefetcher.start if prefetcher else None)
@@ -74,17 +79,23 @@ def evaluation_uses(shards: Sequence[int], *, batch_size: int) -> Iterator[Shard
             yield ShardUse((end - samples) // batch_size, (end - 1) // batch_size, 0, number)
 
 
-def _copies(source: Source) -> Iterator[tuple[int, tuple[CachedShard, ...]]]:
-    for number, urls in source.remote_shards.items():
-        facts = source.facts[number]
-        parts = zip(urls, facts.parts, strict=True)
-        yield (
-            number,
-            tuple(
-                CachedShard(url, part.size, part.version, part.checksum, facts.index_bytes if len(urls) == 1 else 0)
-                for url, part in parts
-            ),
-        )
+def bytes_at_a_time(source: Source, uses: Iterator[ShardUse]) -> int:
+    """The most that must be in the cache at one time where the only source is read so."""
+    return LookAhead(copies, uses).working_set().num_bytes if (copies := _copies([source])) else 0
+
+
+def _copies(sources: Sequence[Source]) -> dict[tuple[int, int], tuple[CachedShard, ...]]:
+    """What must be fetched, by source and shard."""
+    copies = {}
+    for number, source in enumerate(sources):
+        for shard, urls in source.remote_shards.items():
+            facts = source.facts[shard]
+            index_bytes = facts.index_bytes if len(urls) == 1 else 0
+            copies[number, shard] = tuple(
+                CachedShard(url, part.size, part.version, part.checksum, index_bytes)
+                for url, part in zip(urls, facts.parts, strict=True)
+            )
+    return copies
 
 
 def _progress_of(config: CacheConfig, run_folder: Path, purpose: str) -> Path:

@@ -91,11 +91,11 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, identity: dict[str, Any])
     if checkpoint is None:
         return None
     changed = changed_settings(load_run(str(checkpoint / RUN)), run)
-    stored = read_facts(checkpoint)["plan"]
+    stored, now = _flatten(read_facts(checkpoint)["plan"]), _flatten(identity)
     changed += [
-        f"data: {name} was {_short(stored.get(name))}, is {_short(identity[name])}"
-        for name in identity
-        if identity[name] != stored.get(name)
+        f"data: {name} was {_short(stored[name])}, is {_short(now[name])}"
+        for name in now
+        if name in stored and now[name] != stored[name]
     ]
     if int(read_facts(checkpoint)["step"]) > run.train.steps:
         changed.append(
@@ -107,6 +107,14 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, identity: dict[str, Any])
             + "\n  ".join(changed)
         )
     return checkpoint
+
+
+def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
+    """What makes a source itself beside the names of all, so that a message has the one thing that differs."""
+    flat = {**identity, "sources": [source["name"] for source in identity["sources"]]}
+    for source in identity["sources"]:
+        flat |= {f"{source['name']}: {what}": value for what, value in source.items()}
+    return flat
 
 
 def _short(value: Any) -> str:

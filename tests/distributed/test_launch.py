@@ -54,7 +54,14 @@ def asked_for(lines: list[str]) -> str:
 
 @pytest.mark.parametrize(
     ("visible", "machines", "processes"),
-    [("0", "1", "1"), ("0,1,3", "1", "3"), ("0, 1", "1", "2"), ("GPU-6f,GPU-9a,", "1", "2"), ("0,1,3", "2", "6")],
+    [
+        ("0", "1", "1"),
+        ("0,1,3", "1", "3"),
+        ("0, 1", "1", "2"),
+        ("GPU-6f,GPU-9a,", "1", "2"),
+        ("1,-1,0", "1", "1"),
+        ("0,1,3", "2", "6"),
+    ],
 )
 def test_as_many_processes_start_as_gpus_are_visible_on_all_machines(
     train_sh: TrainScript, visible: str, machines: str, processes: str

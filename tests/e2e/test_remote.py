@@ -98,6 +98,16 @@ def test_a_server_that_is_gone_ends_the_run_within_the_deadline(server: HttpServ
         train_on(recipe, tmp_path / "out", cache=tmp_path / "cache", budget=10**6, **changes)
 
 
+def test_the_share_of_evaluation_is_known_before_the_first_step(server: HttpServer, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
+    assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
+    largest = max(path.stat().st_size for path in server.files.iterdir())
+    changes = {"data.validation.kept.recipe": recipe, "data.validation.kept.split": "train"}
+    with pytest.raises(DataError, match=r"budget_gib = .* is too small: .* beside .* that evaluation reads at a time"):
+        train_on(recipe, tmp_path / "out", cache=tmp_path / "cache", budget=9 * largest, **changes)
+    assert not (tmp_path / "out/metrics.jsonl").read_text()
+
+
 def test_a_budget_below_one_window_is_refused_with_the_formula(server: HttpServer, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
     assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0

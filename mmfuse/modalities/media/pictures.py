@@ -56,7 +56,9 @@ def open_picture(data: bytes, *, max_pixels: int, image_size: int) -> Image.Imag
 def _refuses_unreadable() -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise SampleError(f"a picture beyond Pillow's own limit: {error}", kind="too_large") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise SampleError(f"not a readable JPEG, PNG or WebP picture: {error}") from error
 
 

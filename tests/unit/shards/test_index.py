@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 from helpers import index_folder, write_data_set, write_tar, write_yaml
 
+from mmfuse.cli import main
 from mmfuse.data.manifest import MANIFEST, ShardFacts, read_manifest
 from mmfuse.data.mixture import SourceConfig, open_source
 from mmfuse.data.recipe import find_split, load_recipe, place_shards
-from mmfuse.data.urls import find_shards
+from mmfuse.data.remote.urls import find_shards
 from mmfuse.errors import DataError, ShardError
 from mmfuse.shards.index import index_shards
 from mmfuse.shards.quarantine import read_bad_keys, skip_samples
@@ -52,6 +54,21 @@ def test_what_did_not_change_is_kept_and_what_did_is_indexed_again(tmp_path: Pat
     (tmp_path / "2.tar.mmindex").unlink()
     assert {name for name, (is_new, _) in outcomes(tmp_path).items() if is_new} == {"2.tar"}
     assert all(is_new for is_new, _ in outcomes(tmp_path, force=True).values())
+
+
+def test_what_other_tools_recorded_of_a_shard_is_compared_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = make_shards(tmp_path)
+    starts = [1024 * n for n in range(4)]  # a header and a block each
+    shards[0].with_suffix(".tar.idx").write_bytes(struct.pack("<4Q", *starts))
+    shards[1].with_suffix(".tar.idx").write_bytes(struct.pack("<4Q", *(start + 512 for start in starts)))
+    for shard, successes in zip(shards, (3, 3, 2), strict=True):
+        (tmp_path / f"{shard.stem}_stats.json").write_text(json.dumps({"successes": successes}))
+    assert main(["shards", "index", str(tmp_path), "--jobs", "1"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert [line.partition("/")[2].rpartition("/")[2].partition(":")[0] for line in warnings] == ["1.tar", "2.tar"]
+    assert "of Energon's list starts at byte 512" in warnings[0] and "2_stats.json says 2" in warnings[1]
 
 
 def test_an_interrupted_command_keeps_what_was_done(tmp_path: Path) -> None:

@@ -92,6 +92,15 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
         train(load_run(str(write_yaml(tmp_path / "reversed.yaml", run))))
 
 
+def test_another_way_to_read_the_same_tars_is_refused(tmp_path: Path) -> None:
+    place = write_run(tmp_path)
+    train(load_run(place))
+    recipe = yaml.safe_load((tmp_path / "b/recipe.yaml").read_text())
+    write_yaml(tmp_path / "b/recipe.yaml", {**recipe, "group_pattern": "^00"})
+    with pytest.raises(CheckpointError, match=r'data: b/train: reading was .*null.*, is .*"group_pattern": "\^00"'):
+        train(load_run(place))
+
+
 def test_bad_members_are_recorded_and_counted_and_the_run_goes_on(tmp_path: Path) -> None:
     place = write_run(tmp_path, steps=6)
     good = {name: data for number in range(6) for name, data in sample_members(number, ["text", "image"]).items()}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch_ahead import CachedShard, LookAhead
+from mmfuse.data.remote.prefetch_ahead import CachedShard, LookAhead
 from mmfuse.errors import ConfigError
 
 SHARDS = {(0, n): (CachedShard(f"s3://bucket/{n}.tar", 10 + n, "v"),) for n in range(6)}

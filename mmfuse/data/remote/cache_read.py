@@ -6,7 +6,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from mmfuse.data.cache_ledger import is_alive, lock_of
+from mmfuse.data.remote.cache_ledger import is_alive, lock_of
 from mmfuse.errors import DataError
 
 _POLL_SECONDS = 0.02

@@ -6,8 +6,8 @@ from email.utils import format_datetime
 
 import pytest
 
-from mmfuse.data import retry
-from mmfuse.data.retry import Deadline, RemoteError, keep_trying, status_error
+from mmfuse.data.remote import retry
+from mmfuse.data.remote.retry import Deadline, RemoteError, keep_trying, status_error
 from mmfuse.errors import DataError
 
 

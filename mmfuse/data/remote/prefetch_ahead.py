@@ -5,9 +5,9 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from mmfuse.data.cache import FileUse, cache_name
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.urls import show_url
+from mmfuse.data.remote.cache import FileUse, cache_name
+from mmfuse.data.remote.urls import show_url
 from mmfuse.errors import ConfigError
 
 _MIN_USES, _MAX_USES = 1024, 8192
@@ -25,6 +25,11 @@ class CachedShard(NamedTuple):
     checksum: str | None = None
     index_bytes: int = 0
     """Size of the index that is made of the copy; 0: none is."""
+
+    @property
+    def name(self) -> str:
+        """Of the copy."""
+        return cache_name(self.url, self.version, indexed=self.index_bytes > 0)
 
 
 Copies = Mapping[tuple[int, int], tuple[CachedShard, ...]]
@@ -51,7 +56,7 @@ def name_copies(shards: Copies) -> dict[str, CachedShard]:
     """
     names: dict[str, CachedShard] = {}
     for tar in (tar for tars in shards.values() for tar in tars):
-        known = names.setdefault(cache_name(tar.url, tar.version), tar)
+        known = names.setdefault(tar.name, tar)
         if known.url != tar.url and not tar.version:
             raise ConfigError(
                 f"{show_url(tar.url)}: is named with different queries, and its server tells no version; "
@@ -125,9 +130,8 @@ class LookAhead:
             self._seen.append(use.first_step)
             if use.last_step >= self.step:
                 for tar in self._shards.get((use.source, use.shard), ()):  # other sources lie on local disks
-                    name = cache_name(tar.url, tar.version)
-                    names.add(name)
-                    fresh.append(FileUse(name, tar.size + tar.index_bytes, use.first_step, use.last_step))
+                    names.add(tar.name)
+                    fresh.append(FileUse(tar.name, tar.size + tar.index_bytes, use.first_step, use.last_step))
         self.uses += fresh
         return fresh
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from caches import join_cache, start_other, use
 
-from mmfuse.data.cache import ShardCache
-from mmfuse.data.cache_ledger import lock_of
-from mmfuse.data.cache_read import is_evicted, open_cached, wait_for_shard
+from mmfuse.data.remote.cache import ShardCache
+from mmfuse.data.remote.cache_ledger import lock_of
+from mmfuse.data.remote.cache_read import is_evicted, open_cached, wait_for_shard
 from mmfuse.errors import DataError
 
 

@@ -19,14 +19,14 @@ from typing import NamedTuple
 from pydantic import PositiveFloat, PositiveInt
 
 from mmfuse.config import Settings
-from mmfuse.data.cache import FileUse, ShardCache, gib
-from mmfuse.data.cache_ledger import index_of
-from mmfuse.data.fetch import FetchConfig, RemoteFile, download
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch_ahead import Copies, LookAhead, name_copies
-from mmfuse.data.prefetch_progress import Progress
+from mmfuse.data.remote.cache import FileUse, ShardCache, gib
+from mmfuse.data.remote.cache_ledger import index_of
+from mmfuse.data.remote.fetch import FetchConfig, RemoteFile, download
+from mmfuse.data.remote.prefetch_ahead import Copies, LookAhead, name_copies
+from mmfuse.data.remote.prefetch_progress import Progress
+from mmfuse.data.remote.urls import show_url
 from mmfuse.data.shard_index import build_index
-from mmfuse.data.urls import show_url
 from mmfuse.errors import ConfigError, DataError, MmfuseError, ShardError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class PrefetchJob(NamedTuple):
     uses: Callable[[], Iterator[ShardUse]]
     progress: Path
     owner: str
+    beside_bytes: int
+    """What the same run's evaluation will need beside it."""
 
 
 def run_prefetcher(job: PrefetchJob, connection: Connection, parent: int) -> None:
@@ -125,7 +127,7 @@ class Feeder:
         cache.drop_changed({name: shard.size for name, shard in self._shards.items()})
         self._ahead = LookAhead(job.shards, job.uses())
         largest = self._ahead.working_set()
-        self._check_budget(largest.sizes, step=largest.step)
+        self._check_budget(largest.sizes, step=largest.step, beside_bytes=job.beside_bytes)
         cache.begin(self._ahead.step, self._ahead.uses, working_set=largest.sizes)
         # Downloads that push out what will be used again go no further ahead than lanes need when all of them change
         # their windows at once. Going as far as fits would push out everything before its next use: of 100 shards in a
@@ -161,14 +163,15 @@ class Feeder:
         if changed:
             self._start_downloads()
 
-    def _check_budget(self, sizes: Mapping[str, int], *, step: int) -> None:
-        needed, budget = sum(sizes.values()), self.config.budget_bytes
-        if needed > budget:
+    def _check_budget(self, sizes: Mapping[str, int], *, step: int, beside_bytes: int) -> None:
+        needed = sum(sizes.values())
+        beside = f", beside {gib(beside_bytes)} that evaluation reads at a time," if beside_bytes else ""
+        if needed + beside_bytes > self.config.budget_bytes:
             raise ConfigError(
                 f"data.cache.budget_gib = {self.config.budget_gib:.4g} is too small: at step {step} this node reads "
                 f"{len(sizes)} shards at a time (its lanes x data.window_shards; two windows while they change), and "
-                f"{len(sizes)} x {gib(needed / len(sizes))} = {gib(needed)} are needed; raise data.cache.budget_gib, "
-                "lower data.window_shards or data.lanes, use more nodes, or make smaller shards"
+                f"{len(sizes)} x {gib(needed / len(sizes))} = {gib(needed)}{beside} are needed; raise "
+                "data.cache.budget_gib, lower data.window_shards or data.lanes, use more nodes, or make smaller shards"
             )
 
     def _start_downloads(self) -> None:

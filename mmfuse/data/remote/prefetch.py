@@ -17,11 +17,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
-from mmfuse.data.cache_ledger import Ledger, remove_dead_owners
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch_ahead import Copies
-from mmfuse.data.prefetch_loop import CacheConfig, PrefetchJob, run_prefetcher
-from mmfuse.data.prefetch_progress import Progress, owner_of
+from mmfuse.data.remote.cache_ledger import Ledger, remove_dead_owners
+from mmfuse.data.remote.prefetch_ahead import Copies
+from mmfuse.data.remote.prefetch_loop import CacheConfig, PrefetchJob, run_prefetcher
+from mmfuse.data.remote.prefetch_progress import Progress, owner_of
 from mmfuse.errors import DataError, MmfuseError
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,20 @@ class Prefetcher:
         *,
         progress: Path,
         num_ranks: int,
+        beside_bytes: int = 0,
     ) -> None:
         """Starts nothing yet.
 
         Args:
             shards: those that must be copied.
             uses: what the node's ranks read from their first step on; called in the process, so it must pickle.
+            beside_bytes: of the budget, kept for this run's evaluation.
             progress: a file that is made here, for this node alone; each rank reports there (`Progress`).
         """
         self.config, self.progress, self.num_ranks = config, progress, num_ranks
         self.owner = owner_of(progress)
         """What workers must know of it (`open_cached`); other ranks find it with `owner_of`."""
-        self._job = PrefetchJob(config, dict(shards), uses, progress, self.owner)
+        self._job = PrefetchJob(config, dict(shards), uses, progress, self.owner, beside_bytes)
         self._process: BaseProcess | None = None
         self._parent = 0
 

@@ -7,9 +7,9 @@ from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from mmfuse.data.remote import FetchConfig, Piece, open_piece
-from mmfuse.data.retry import Deadline, RemoteError, keep_trying
-from mmfuse.data.urls import show_url
+from mmfuse.data.remote.request import FetchConfig, Piece, open_piece
+from mmfuse.data.remote.retry import Deadline, RemoteError, keep_trying
+from mmfuse.data.remote.urls import show_url
 from mmfuse.errors import DataError, ShardError
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import fsspec.asyn
 from pydantic import PositiveFloat, PositiveInt
 
 from mmfuse.config import Settings
-from mmfuse.data.retry import Deadline, RemoteError
-from mmfuse.data.stores import READ_BYTES, Answer, Entry, Store, find_store
+from mmfuse.data.remote.retry import Deadline, RemoteError
+from mmfuse.data.remote.stores import READ_BYTES, Answer, Entry, Store, find_store
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _MIN_CHUNK_BYTES = 64 << 10

@@ -10,11 +10,11 @@ from urllib.parse import unquote
 
 from braceexpand import braceexpand
 
-from mmfuse.data.retry import Deadline, keep_trying
+from mmfuse.data.remote.retry import Deadline, keep_trying
 from mmfuse.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mmfuse.data.stores import Entry
+    from mmfuse.data.remote.stores import Entry
 
 _REMOTE = ("http", "https", "s3", "gs")
 _ALLOWED = "a shard is a local path, or a URL of file, http, https, s3 or gs"
@@ -217,7 +217,10 @@ def _matches(url: str, pattern: str) -> bool:
 
 
 def _list(url: str, *, deadline: Deadline) -> "list[Entry]":
-    from mmfuse.data.remote import FetchConfig, list_folder  # takes 0.4 s, which readers of local shards need not
+    from mmfuse.data.remote.request import (  # takes 0.4 s, which readers of local shards need not
+        FetchConfig,
+        list_folder,
+    )
 
     return keep_trying(
         lambda: list_folder(url, deadline=deadline, config=FetchConfig()), what=show_url(url), deadline=deadline

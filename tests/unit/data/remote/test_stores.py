@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from servers import HttpServer, S3Server, serve_http, serve_s3
 
-from mmfuse.data import retry
-from mmfuse.data.fetch import FetchConfig, RemoteFile, download, stat_remote
-from mmfuse.data.urls import find_shards
+from mmfuse.data.remote import retry
+from mmfuse.data.remote.fetch import FetchConfig, RemoteFile, download, stat_remote
+from mmfuse.data.remote.urls import find_shards
 from mmfuse.errors import ConfigError, DataError, ShardError
 
 s3fs = pytest.importorskip("s3fs", reason="NOT TESTED: no s3fs here; install the extra s3")

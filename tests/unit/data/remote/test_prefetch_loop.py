@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mmfuse.data.prefetch import CacheConfig
-from mmfuse.data.prefetch_loop import explain_failure
+from mmfuse.data.remote.prefetch import CacheConfig
+from mmfuse.data.remote.prefetch_loop import explain_failure
 from mmfuse.errors import DataError
 
 URL = "https://user:s3cr3t@host/a.tar?X-Signature=s3cr3t"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from servers import FAULTY_TIMES, HttpServer, free_ports, serve_http
 
-from mmfuse.data import retry
-from mmfuse.data.fetch import FetchConfig, RemoteFile, checksum_of, download, stat_remote
+from mmfuse.data.remote import retry
+from mmfuse.data.remote.fetch import FetchConfig, RemoteFile, checksum_of, download, stat_remote
 from mmfuse.errors import DataError, ShardError
 
 DATA = random.Random(0).randbytes(600_000)
@@ -268,7 +268,7 @@ import multiprocessing, sys, threading
 from pathlib import Path
 
 def fetch_all(url, folder):
-    from mmfuse.data.fetch import download, stat_remote
+    from mmfuse.data.remote.fetch import download, stat_remote
     file = stat_remote(url)
     places = [Path(folder) / str(n) for n in range(4)]
     threads = [threading.Thread(target=download, args=(file, place)) for place in places]
@@ -276,7 +276,7 @@ def fetch_all(url, folder):
     [thread.join() for thread in threads]
 
 if __name__ == "__main__":
-    import mmfuse.data.fetch, mmfuse.data.urls
+    import mmfuse.data.remote.fetch, mmfuse.data.remote.urls
     assert threading.active_count() == 1, "a thread was started at import"
     assert "torch" not in sys.modules
     for method in ("spawn", "fork"):

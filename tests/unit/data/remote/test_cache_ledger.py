@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from caches import files_in, join_cache, start_other, use
 
-from mmfuse.data import cache_ledger
-from mmfuse.data.cache import ShardCache
-from mmfuse.data.cache_ledger import Ledger, file_system_of
+from mmfuse.data.remote import cache_ledger
+from mmfuse.data.remote.cache import ShardCache
+from mmfuse.data.remote.cache_ledger import Ledger, file_system_of
 from mmfuse.errors import ConfigError, DataError
 
 

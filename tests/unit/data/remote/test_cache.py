@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from caches import fetch, files_in, join_cache, start_other, use
 
-from mmfuse.data.cache import ShardCache, cache_name
+from mmfuse.data.remote.cache import ShardCache, cache_name
 from mmfuse.errors import ConfigError, DataError
 
 

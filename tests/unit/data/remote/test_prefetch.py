@@ -15,12 +15,12 @@ from buckets import SHARD_BYTES, Bucket, content_of, serve_bucket
 from caches import bytes_in, files_in
 from helpers import REPOSITORY
 
-from mmfuse.data.cache import cache_name
-from mmfuse.data.cache_read import open_cached
-from mmfuse.data.fetch import FetchConfig
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch import CacheConfig, Prefetcher, Progress
-from mmfuse.data.prefetch_ahead import CachedShard, Copies
+from mmfuse.data.remote.cache import cache_name
+from mmfuse.data.remote.cache_read import open_cached
+from mmfuse.data.remote.fetch import FetchConfig
+from mmfuse.data.remote.prefetch import CacheConfig, Prefetcher, Progress
+from mmfuse.data.remote.prefetch_ahead import CachedShard, Copies
 from mmfuse.errors import ConfigError, DataError
 
 PATHS = ("/a/00000.tar", "/b/00000.tar", "/a/00001.tar", "/b/00001.tar", "/c/00000.tar", "/c/00001.tar")
@@ -28,8 +28,8 @@ RANK = """
 import os, sys
 from pathlib import Path
 from buckets import content_of
-from mmfuse.data.cache_read import open_cached
-from mmfuse.data.prefetch_progress import Progress, owner_of
+from mmfuse.data.remote.cache_read import open_cached
+from mmfuse.data.remote.prefetch_progress import Progress, owner_of
 folder, place, slot = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 progress = Progress(place)
 for step, read in enumerate(sys.argv[4:]):
@@ -45,8 +45,8 @@ PARENT = """
 import functools, os, sys, time
 from pathlib import Path
 from mmfuse.data.plan import ShardUse
-from mmfuse.data.prefetch import CacheConfig, Prefetcher
-from mmfuse.data.prefetch_ahead import CachedShard
+from mmfuse.data.remote.prefetch import CacheConfig, Prefetcher
+from mmfuse.data.remote.prefetch_ahead import CachedShard
 folder = Path(sys.argv[1])
 config = CacheConfig(folder=folder / "cache", budget_gib=0.01)
 shards = {(0, 0): (CachedShard(sys.argv[2], int(sys.argv[3]), ""),)}

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mmfuse.data.cache_ledger import (
+from mmfuse.data.remote.cache_ledger import (
     Ledger,
     forget_owner,
     hold_lock,
@@ -24,16 +24,21 @@ from mmfuse.data.cache_ledger import (
     size_of,
     temporary_of,
 )
-from mmfuse.data.urls import show_url
+from mmfuse.data.remote.urls import show_url
 from mmfuse.errors import ConfigError, DataError
 
 _NEVER = 1 << 62
 
 
-def cache_name(url: str, version: str) -> str:
-    """The name of a shard's copy: of its whole address and version, with the base name for people to read."""
+def cache_name(url: str, version: str, *, indexed: bool = False) -> str:
+    """The name of a shard's copy: of its whole address and version, with the base name for people to read.
+
+    Args:
+        indexed: whether an index is made of it, as of a shard that is not one of several aligned tars.
+    """
     shown = show_url(url)
-    digest = hashlib.blake2b(f"{shown}\0{version}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    identity = f"{shown}\0{version}" + "\0indexed" * indexed
+    digest = hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     base = re.sub(r"[^A-Za-z0-9._-]", "_", shown.rstrip("/").rpartition("/")[2])
     return f"{digest}-{base[-48:]}"
 
@@ -195,13 +200,13 @@ class ShardCache:
         remove_dead_owners(self._ledger)
         with self._ledger.transaction() as changes:
             needed = changes.execute(
-                "SELECT name FROM files WHERE owner IS NULL AND name IN (SELECT name FROM uses JOIN owners"
+                "SELECT name, index_bytes FROM files WHERE owner IS NULL AND name IN (SELECT name FROM uses JOIN owners"
                 " ON owners.id = uses.owner WHERE owners.id = ? AND first_step <= owners.step + 1)",
                 (self.owner,),
             ).fetchall()
-            for (name,) in needed:
-                if not (self.folder / name).exists():
-                    changes.execute("DELETE FROM files WHERE name = ?", (name,))
+            for name, index_bytes in needed:
+                if not (self.folder / name).exists() or self._lacks_index(name, index_bytes):
+                    self._delete(changes, name)
 
     def find_overflow(self) -> tuple[str, bool] | None:
         """Why what is needed now can never fit, and whether that is for another run's files, which may yet go."""
@@ -273,9 +278,13 @@ class ShardCache:
 
     def _drop_damaged(self) -> None:
         with self._ledger.transaction() as changes:
-            for name, size in changes.execute("SELECT name, size FROM files WHERE owner IS NULL").fetchall():
-                if size_of(self.folder / name) != size:
+            rows = changes.execute("SELECT name, size, index_bytes FROM files WHERE owner IS NULL").fetchall()
+            for name, size, index_bytes in rows:
+                if size_of(self.folder / name) != size or self._lacks_index(name, index_bytes):
                     self._delete(changes, name)
+
+    def _lacks_index(self, name: str, index_bytes: int) -> bool:
+        return index_bytes > 0 and not index_of(self.folder, name).exists()
 
     def _check_disk(self) -> None:
         with self._ledger.transaction() as reading:

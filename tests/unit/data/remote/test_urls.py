@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from servers import HttpServer, serve_http
 
-from mmfuse.data.urls import check_url, find_shards, is_remote, show_url
+from mmfuse.data.remote.urls import check_url, find_shards, is_remote, show_url
 from mmfuse.errors import ConfigError, DataError
 
 NOWHERE = "http://127.0.0.1:9"

@@ -1,7 +1,7 @@
 """Where remote shards are kept: http(s) through aiohttp, s3 through s3fs, gs through gcsfs; one request each.
 
 The functions run on fsspec's event loop. The libraries' own retries and timeouts are turned off; ours are in
-`mmfuse.data.retry`. Their errors hold URLs, so only our own words leave this file.
+`mmfuse.data.remote.retry`. Their errors hold URLs, so only our own words leave this file.
 """
 
 import re
@@ -13,7 +13,7 @@ from urllib.parse import quote
 import aiohttp
 import fsspec
 
-from mmfuse.data.retry import RemoteError, status_error
+from mmfuse.data.remote.retry import RemoteError, status_error
 from mmfuse.errors import ConfigError
 
 READ_BYTES = 4 << 20
