@@ -32,8 +32,8 @@ class PlannedSource(NamedTuple):
     """Samples of each shard: int64 `(shards,)`, or `(buckets, shards)`."""
     weight: float
     index_hash: str
-    reading: str = ""
-    """Which members are read, and how."""
+    reading: dict[str, Any] | None = None
+    """Which members are read, and how; JSON."""
 
 
 class DataPlan:

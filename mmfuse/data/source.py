@@ -2,11 +2,10 @@
 
 import bisect
 import itertools
-import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,10 +84,10 @@ class Source:
         return f"{hash_int(*(facts.content_hash for facts in self.facts)):016x}"
 
     @property
-    def reading(self) -> str:
-        """Which members are read, and how: readable, and another where the same tars would give other samples."""
+    def reading(self) -> dict[str, Any]:
+        """Which members are read, and how, as JSON: another where the same tars would give other samples."""
         rules = {modality: rule.model_dump(mode="json") for modality, rule in self.rules.items()}
-        return json.dumps({"members": rules, "group_pattern": self.group_pattern and self.group_pattern.pattern})
+        return {"members": rules, "group_pattern": self.group_pattern and self.group_pattern.pattern}
 
     @cached_property
     def counts_by_bucket(self) -> np.ndarray:

@@ -110,10 +110,13 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, identity: dict[str, Any])
 
 
 def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
-    """What makes a source itself beside the names of all, so that a message has the one thing that differs."""
+    """One level, so that a message has the one thing that differs."""
     flat = {**identity, "sources": [source["name"] for source in identity["sources"]]}
     for source in identity["sources"]:
-        flat |= {f"{source['name']}: {what}": value for what, value in source.items()}
+        reading = source.get("reading") or {}
+        flat[f"{source['name']}: index_hash"] = source["index_hash"]
+        flat |= {f"{source['name']}: members.{m}": rule for m, rule in reading.get("members", {}).items()}
+        flat[f"{source['name']}: group_pattern"] = reading.get("group_pattern")
     return flat
 
 

@@ -97,7 +97,7 @@ def test_another_way_to_read_the_same_tars_is_refused(tmp_path: Path) -> None:
     train(load_run(place))
     recipe = yaml.safe_load((tmp_path / "b/recipe.yaml").read_text())
     write_yaml(tmp_path / "b/recipe.yaml", {**recipe, "group_pattern": "^00"})
-    with pytest.raises(CheckpointError, match=r'data: b/train: reading was .*null.*, is .*"group_pattern": "\^00"'):
+    with pytest.raises(CheckpointError, match=r'data: b/train: group_pattern was null, is "\^00"$'):
         train(load_run(place))
 
 
