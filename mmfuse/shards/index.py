@@ -112,7 +112,7 @@ def compare_with_img2dataset(shards: Iterable[IndexedShard]) -> Iterator[str]:
     """A sentence for each local shard that has not the samples of which img2dataset tells in its folder."""
     counts = [
         (Path(shard.parts[0]), outcome.samples)
-        for shard, outcome, *_ in shards
+        for shard, outcome in ((result.shard, result.outcome) for result in shards)
         if isinstance(outcome, ShardFacts) and len(shard.parts) == 1 and not shard.is_remote
     ]
     return check_img2dataset(counts)
