@@ -100,10 +100,11 @@ def _index_one(task: tuple[Shard, ShardFacts | None], *, force: bool, checksum: 
 
 
 def _compare_with_energon(shard: Shard, index: ShardIndex) -> str | None:
-    if shard.is_remote or len(shard.parts) > 1:
+    tar, *further = shard.parts
+    if shard.is_remote or further:
         return None
     try:
-        return check_energon_offsets(Path(shard.parts[0]), index)
+        return check_energon_offsets(Path(tar), index)
     except ShardError as error:
         return str(error)  # of the list: nothing is wrong with the tar
 
