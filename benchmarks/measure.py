@@ -29,10 +29,6 @@ class Cost(NamedTuple):
         """The cost between two clock readings."""
         return Cost(self.cpu_seconds - before.cpu_seconds, self.wall_seconds - before.wall_seconds)
 
-    def plus(self, more: "Cost") -> "Cost":
-        """Both together."""
-        return Cost(self.cpu_seconds + more.cpu_seconds, self.wall_seconds + more.wall_seconds)
-
 
 def read_clock() -> Cost:
     """CPU and wall seconds until now; only differences mean anything."""
