@@ -32,8 +32,8 @@ class PlannedSource(NamedTuple):
     """Samples of each shard: int64 `(shards,)`, or `(buckets, shards)`."""
     weight: float
     index_hash: str
-    reading: dict[str, Any] | None = None
-    """Which members are read, and how; JSON."""
+    reading_hash: str = ""
+    """Of which members are read, and how."""
 
 
 class DataPlan:
@@ -82,7 +82,7 @@ class DataPlan:
             "window_shards": self.window_shards,
             "buckets": len(self._parts),
             "sources": [
-                {"name": source.name, "index_hash": source.index_hash, "reading": source.reading}
+                {"name": source.name, "index_hash": source.index_hash, "reading_hash": source.reading_hash}
                 for source in self.sources
             ],
         }

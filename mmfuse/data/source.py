@@ -5,7 +5,7 @@ import itertools
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -84,10 +84,10 @@ class Source:
         return f"{hash_int(*(facts.content_hash for facts in self.facts)):016x}"
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """Which members are read, and how, as JSON: another where the same tars would give other samples."""
-        rules = {modality: rule.model_dump(mode="json") for modality, rule in self.rules.items()}
-        return {"members": rules, "group_pattern": self.group_pattern and self.group_pattern.pattern}
+    def reading_hash(self) -> str:
+        """Changes when the recipe's `members` or `group_pattern` do: they make other samples of the same tars."""
+        rules = [f"{modality} {rule.model_dump_json()}" for modality, rule in self.rules.items()]
+        return f"{hash_int(*rules, self.group_pattern and self.group_pattern.pattern):016x}"
 
     @cached_property
     def counts_by_bucket(self) -> np.ndarray:

@@ -124,7 +124,7 @@ class TrainingData:
                     source.counts_by_bucket,
                     config.weight or float(len(source)),
                     source.index_hash,
-                    source.reading,
+                    source.reading_hash,
                 )
                 for config, source in zip(run.data.train, self.sources, strict=True)
             ],

@@ -34,10 +34,13 @@ class MetricsWriter:
         self._steps = 0
         self._waited = 0.0
         self._sources, self._counts = sources, [SourceCounts(0, 0, 0)] * len(sources)
+        self._before = [SourceCounts(0, 0, 0)] * len(sources)
+        """What all ranks had met when the run went on; rank 0 has it."""
         self._source_losses: dict[str, Tensor] = {}
         self._since = time.perf_counter()
         if rank() == 0:
             drop_lines_after(self.path, start)
+            self._before = _last_counts(self.path, sources)
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(
@@ -90,9 +93,9 @@ class MetricsWriter:
         return numbers
 
     def _count_sources(self) -> dict[str, float]:
-        """`sources/NAME/samples`, `masked` and `lost`, over all ranks."""
-        counts = torch.tensor(self._counts, dtype=torch.float64, device=self.device)
-        names = [f"sources/{name}/{field}" for name in self._sources for field in SourceCounts._fields]
+        """`sources/NAME/samples`, `masked` and `lost`, over all ranks, since the run's first step."""
+        counts = torch.tensor([self._counts, self._before], dtype=torch.float64, device=self.device).sum(0)
+        names = [name for source in self._sources for name in _count_names(source)]
         return dict(zip(names, sum_over_ranks(counts).flatten().tolist(), strict=True))
 
     def _add_by_source(self, output: StepOutput, batch: Batch) -> None:
@@ -146,6 +149,17 @@ class MetricsWriter:
             numbers["grad_norm"],
             numbers["memory_gib"],
         )
+
+
+def _count_names(source: str) -> list[str]:
+    return [f"sources/{source}/{field}" for field in SourceCounts._fields]
+
+
+def _last_counts(path: Path, sources: list[str]) -> list[SourceCounts]:
+    """What the last line has, zeros where there is none; a checkpoint's step always has a line."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return [SourceCounts(*(int(last.get(name, 0)) for name in _count_names(source))) for source in sources]
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -93,9 +93,9 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, identity: dict[str, Any])
     changed = changed_settings(load_run(str(checkpoint / RUN)), run)
     stored, now = _flatten(read_facts(checkpoint)["plan"]), _flatten(identity)
     changed += [
-        f"data: {name} was {_short(stored[name])}, is {_short(now[name])}"
-        for name in now
-        if name in stored and now[name] != stored[name]
+        f"data: {name} was {_short(stored.get(name))}, is {_short(now.get(name))}"
+        for name in {**stored, **now}
+        if stored.get(name) != now.get(name)
     ]
     if int(read_facts(checkpoint)["step"]) > run.train.steps:
         changed.append(
@@ -113,10 +113,8 @@ def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
     """One level, so that a message has the one thing that differs."""
     flat = {**identity, "sources": [source["name"] for source in identity["sources"]]}
     for source in identity["sources"]:
-        reading = source.get("reading") or {}
-        flat[f"{source['name']}: index_hash"] = source["index_hash"]
-        flat |= {f"{source['name']}: members.{m}": rule for m, rule in reading.get("members", {}).items()}
-        flat[f"{source['name']}: group_pattern"] = reading.get("group_pattern")
+        flat[f"index_hash of {source['name']}"] = source["index_hash"]
+        flat[f"members or group_pattern of {source['name']}'s recipe"] = source["reading_hash"]
     return flat
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from distributed.launches import TOLERANCE, finish, read_losses, read_samples, start
 from helpers import write_data_set, write_tiny_run, write_yaml
 from servers import HttpServer, serve_http
 
@@ -30,11 +32,13 @@ def server(tmp_path: Path) -> Iterator[HttpServer]:
         yield running
 
 
-def write_recipe(folder: Path, address: str) -> Path:
+def write_recipe(folder: Path, address: str, *, name: str = "local") -> Path:
     """As the local data set's, whose name it has, so that both deal the same samples."""
     shards = [f"{address}/train-{{0..{len(SHARDS) - 1}}}.tar"]
-    recipe = {"name": "local", "splits": {"train": {"shards": shards, "samples": sum(SHARDS)}}}
-    return write_yaml(folder / "bucket.yaml", recipe)
+    recipe = {"name": name, "splits": {"train": {"shards": shards, "samples": sum(SHARDS)}}}
+    if (local := folder / name / "recipe.yaml").is_file():
+        recipe["members"] = yaml.safe_load(local.read_text())["members"]
+    return write_yaml(folder / f"{name}_in_bucket.yaml", recipe)
 
 
 def train_on(recipe: Path, output: Path, *, cache: Path, budget: int, **changes: Any) -> list[dict[str, Any]]:
@@ -66,7 +70,7 @@ def test_a_run_from_a_server_is_the_run_from_local_tars(server: HttpServer, tmp_
     tar = max(path.stat().st_size for path in server.files.iterdir())
     recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
     assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
-    for sidecar in (tmp_path / "bucket.index").glob("*.mmindex"):
+    for sidecar in (tmp_path / "local_in_bucket.index").glob("*.mmindex"):
         sidecar.unlink()  # nodes need the manifest alone
     cache = tmp_path / "cache"
     remote = train_on(recipe, tmp_path / "remote", cache=cache, budget=9 * tar)
@@ -77,6 +81,39 @@ def test_a_run_from_a_server_is_the_run_from_local_tars(server: HttpServer, tmp_
     assert copies and sum(path.stat().st_size for path in copies) <= 9 * tar
     assert len(list((cache / "indexes").iterdir())) == len(copies)
     assert not list(cache.glob("*.part"))
+
+
+@pytest.mark.slow
+def test_two_processes_over_a_remote_blend_are_one_over_local_tars(server: HttpServer, tmp_path: Path) -> None:
+    write_data_set(tmp_path / "spoken", shard_sizes=SHARDS, modalities=["text", "audio"])
+    shutil.copytree(tmp_path / "spoken", server.files / "spoken", ignore=shutil.ignore_patterns("*.mmindex*", "*.yaml"))
+    places = {"local": server.url("plain", "").rstrip("/"), "spoken": server.url("plain", "spoken")}
+    remote = {name: write_recipe(tmp_path, address, name=name) for name, address in places.items()}
+    here = {name: tmp_path / name / "recipe.yaml" for name in places}
+    assert main(["shards", "index", *map(str, remote.values()), "--jobs", "1"]) == 0
+    run = write_tiny_run(tmp_path, here["local"], modalities=("text", "image", "audio"))
+
+    def finish_run(name: str, recipes: dict[str, Path], strategy: str) -> Path:
+        blend = ", ".join(f"{{recipe: {path}, weight: {1 + n}}}" for n, path in enumerate(recipes.values()))
+        settings = [
+            f"data.train=[{blend}]",
+            f"data.cache.folder={tmp_path / 'cache'}",
+            "data.num_workers=1",
+            "data.lanes=4",
+            "data.window_shards=1",
+            *("train.steps=12", "train.log_every=1", "train.record_samples=true", "train.global_batch=8"),
+        ]
+        finish(start(strategy, run, tmp_path / name, settings=settings), tmp_path / name)
+        return tmp_path / name
+
+    alone, together = finish_run("alone", here, "cpu"), finish_run("together", remote, "ddp")
+    assert (together / "samples.rank1.jsonl").is_file()
+    ids = [
+        {step: [key.split("/")[-2:] for key in keys] for step, keys in read_samples(output).items()}
+        for output in (alone, together)
+    ]
+    assert ids[0] == ids[1] and len(ids[0]) == 12
+    assert read_losses(together) == pytest.approx(read_losses(alone), rel=TOLERANCE)
 
 
 def test_a_shard_that_changes_on_the_server_stops_the_run_with_its_name(server: HttpServer, tmp_path: Path) -> None:

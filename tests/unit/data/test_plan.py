@@ -161,13 +161,15 @@ def test_the_identity_changes_with_all_that_the_order_depends_on() -> None:
         identity(b, a),
         identity(a, b._replace(index_hash="other")),
         identity(a, b._replace(name="c")),
+        identity(a, b._replace(reading_hash="other")),
     ]
     assert all(other != same for other in others)
 
 
 def test_the_state_of_twenty_sources_is_a_few_kilobytes() -> None:
     sources = [
-        PlannedSource(f"a_long_name_of_a_data_set_{i}/train", np.array([9]), 0.1 + i, "f" * 16) for i in range(20)
+        PlannedSource(f"a_long_name_of_a_data_set_{i}/train", np.array([9]), 0.1 + i, "f" * 16, "f" * 16)
+        for i in range(20)
     ]
     plan = DataPlan(sources, seed=2**63, global_batch=32_768)
     assert len(json.dumps({"step": 10**9, **plan.identity(), "weights": plan.segments})) <= 4096

@@ -97,7 +97,7 @@ def test_another_way_to_read_the_same_tars_is_refused(tmp_path: Path) -> None:
     train(load_run(place))
     recipe = yaml.safe_load((tmp_path / "b/recipe.yaml").read_text())
     write_yaml(tmp_path / "b/recipe.yaml", {**recipe, "group_pattern": "^00"})
-    with pytest.raises(CheckpointError, match=r'data: b/train: group_pattern was null, is "\^00"$'):
+    with pytest.raises(CheckpointError, match=r"data: members or group_pattern of b/train's recipe was \S+, is \S+$"):
         train(load_run(place))
 
 
@@ -125,6 +125,9 @@ def test_bad_members_are_recorded_and_counted_and_the_run_goes_on(tmp_path: Path
         file.write(json.dumps(faults[0] | {"step": 7}) + "\n")  # of steps that a killed run took after its checkpoint
     train(load_run(write_run(tmp_path, steps=7)))
     assert [f for f in lines_of(tmp_path / "out/quarantine.rank0.jsonl") if f["step"] < 7] == faults
+    resumed = lines_of(tmp_path / "out/metrics.jsonl")[-1]
+    assert resumed["sources/a/train/samples"] + resumed["sources/b/train/samples"] == 56
+    assert resumed["sources/b/train/masked"] >= last["sources/b/train/masked"]
 
 
 def test_a_source_that_is_entirely_bad_stops_the_run_with_its_name(tmp_path: Path) -> None:
