@@ -63,7 +63,7 @@ def measure(system: str, job: Job) -> dict[str, float]:
         cpu, wall = time.thread_time(), time.perf_counter()  # of this thread: a system's own may go on meanwhile
         if reference := next(bare, None):
             consume(reference, job)
-        bare_cpu, bare_wall = bare_cpu + time.thread_time() - cpu, bare_wall + time.perf_counter() - wall
+            bare_cpu, bare_wall = bare_cpu + time.thread_time() - cpu, bare_wall + time.perf_counter() - wall
     if job.num_workers:
         del loader
         gc.collect()  # 80 ms

@@ -3,6 +3,7 @@
 import os
 import resource
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,28 +41,32 @@ class ShardFiles:
         """Without what is open: file numbers mean others in a spawned worker."""
         return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
 
-    def read(self, shard: int, span: Span) -> bytes:
-        """One member.
+    def read(self, shard: int, spans: Sequence[Span | None]) -> list[bytes | None]:
+        """Members of one sample, None for None.
 
-        A sample's neighbours are not read in one go: the copies of them cost as much as the calls that it saves.
+        Neighbours are not read in one go: the copies of them cost as much as the calls that it saves.
 
         Raises:
             ShardError: the tar has changed since it was indexed.
             DataError: it cannot be read, or fetched.
         """
-        _, part, offset, size = span
-        file = self._files.get((shard, part))
-        if file is None:
-            file = self._open_file(shard, part)
-        else:
-            self._files.move_to_end((shard, part))
+        members: list[bytes | None] = []
+        file, opened, offset = -1, -1, 0
         try:
-            data = os.pread(file, size, offset)
+            for span in spans:
+                if span is None:
+                    members.append(None)
+                    continue
+                _, part, offset, size = span
+                if part != opened:
+                    file, opened = self._file(shard, part), part
+                data = os.pread(file, size, offset)
+                if len(data) != size:
+                    raise ShardError(f"{self.shards[shard].shown}: ends before byte {offset + size}: it has changed")
+                members.append(data)
         except OSError as error:
             raise DataError(f"{self.shards[shard].shown}: cannot be read at byte {offset}: {error.strerror}") from error
-        if len(data) != size:
-            raise ShardError(f"{self.shards[shard].shown}: ends before byte {offset + size}: it has changed")
-        return data
+        return members
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard.
@@ -77,6 +82,13 @@ class ShardFiles:
         else:
             self._indexes.move_to_end(shard)
         return index
+
+    def _file(self, shard: int, part: int) -> int:
+        file = self._files.get((shard, part))
+        if file is None:
+            return self._open_file(shard, part)
+        self._files.move_to_end((shard, part))
+        return file
 
     def _open_file(self, shard: int, part: int) -> int:
         if len(self._files) >= _max_open():

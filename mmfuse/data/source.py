@@ -137,9 +137,9 @@ class Source:
         if seed is not None and self._weights:
             self._draw_extensions(index, inside, spans, seed=seed)
         members = {}
-        for modality, span in zip(self._modalities, spans, strict=True):
-            if span:
-                members[modality] = (span[0], self.files.read(shard, span))
+        for modality, span, data in zip(self._modalities, spans, self.files.read(shard, spans), strict=True):
+            if span is not None and data is not None:
+                members[modality] = (span[0], data)
         group = self._group_of(shard, key) if self.group_pattern else None
         return RawSample(self._shown[shard], key, group, members)
 
