@@ -13,11 +13,12 @@ quickstart: .venv/installed
 	mmfuse shards index $(SAMPLE)
 	launch/train.sh "$$(launch/quickstart_strategy.sh)" quickstart
 
+# Two processes, each a file at a time: the tests of a file share their runs.
 test: .venv/installed
-	OMP_NUM_THREADS=1 pytest
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 test-all: .venv/installed
-	OMP_NUM_THREADS=1 pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m "slow or not slow"
 
 check: .venv/installed
 	ruff check .
