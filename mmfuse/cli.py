@@ -22,12 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", 0))
     set_up_logging(rank=rank)
     try:
-        code = options.command(options)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return options.command(options)
     except MmfuseError as error:
         if rank == 0 or not isinstance(error, _GLOBAL_ERRORS):
             print(f"mmfuse: error: {error}", file=sys.stderr)

@@ -11,7 +11,8 @@ def collate_samples(samples: list[Sample], processors: dict[str, Processor], *, 
     """The batch of these samples, rows in their order; modalities that no sample has are not in `inputs`."""
     modalities = tuple(processors)
     # Tensors come from NumPy: `torch.tensor` of a list takes ten times as long.
-    present = np.array([[m in sample.features for m in modalities] for sample in samples], bool)
+    present = np.array([[modality in sample.features for modality in modalities] for sample in samples], bool)
+    present = present.reshape(len(samples), len(modalities))  # also without any sample
     inputs = {}
     for (modality, processor), has in zip(processors.items(), present.T, strict=True):
         rows = np.flatnonzero(has)

@@ -19,7 +19,7 @@ from mmfuse.files import locked, write_text
 from mmfuse.hashing import hash_int
 
 MANIFEST = "manifest.mmindex.json"
-_FORMAT = 1
+_FORMAT = 2
 _MAX_MEASURED_SIGNATURES = 64
 """Above this a shard's keys hold dots or its extensions are chaos, and nobody wants length buckets of it."""
 
@@ -55,6 +55,11 @@ class ShardFacts(NamedTuple):
     """Changes with keys, members, their order and what is skipped."""
     skipped: tuple[int, ...] = ()
     """Numbers of samples that `mmfuse shards quarantine` took out, ascending."""
+
+    @property
+    def all_samples(self) -> int:
+        """With skipped ones: what is in the tars."""
+        return self.samples + len(self.skipped)
 
 
 def length_class(size: np.ndarray) -> np.ndarray:

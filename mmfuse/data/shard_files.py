@@ -12,7 +12,7 @@ from mmfuse.data.manifest import PartFacts, ShardFacts, content_hash, index_path
 from mmfuse.data.recipe import Shard
 from mmfuse.data.remote.cache import cache_name
 from mmfuse.data.remote.cache_ledger import index_of
-from mmfuse.data.remote.cache_read import is_evicted, open_cached
+from mmfuse.data.remote.cache_read import is_evicted, open_cached, wait_for_shard
 from mmfuse.data.remote.urls import is_remote, show_url
 from mmfuse.data.shard_index import ShardIndex, Span
 from mmfuse.errors import DataError, ShardError
@@ -113,13 +113,28 @@ class ShardFiles:
         place, facts = self.shards[shard], self.facts[shard]
         path = index_path(place.index_folder, place.name)
         if place.is_remote and len(place.parts) == 1 and not path.is_file():
-            self._open_file(shard, 0)  # the prefetcher indexes what it fetches
             name = cache_name(place.parts[0], facts.parts[0].version, indexed=True)
-            path = index_of(self._cache_of(place.parts[0]).folder, name)
-        index = ShardIndex(path)
+            index = self._open_cached_index(self._cache_of(place.parts[0]), name)
+        else:
+            index = ShardIndex(path)
         if content_hash(index, skipped=facts.skipped) != facts.content_hash:
-            raise ShardError(f"{place.shown}: {path} is not the index that its manifest knows; index the shard again")
+            raise ShardError(
+                f"{place.shown}: {index.path} is not the index that its manifest knows; index the shard again"
+            )
         return index
+
+    def _open_cached_index(self, cache: NodeCache, name: str) -> ShardIndex:
+        """What the prefetcher made of a copy that it fetched."""
+        path = index_of(cache.folder, name)
+        while True:
+            wait_for_shard(cache.folder, name, owner=cache.owner, with_index=True)
+            try:
+                index = ShardIndex(path)
+                _ = index.signature  # maps it: now it may be evicted
+                return index
+            except ShardError:
+                if path.exists():
+                    raise
 
     def _cache_of(self, url: str) -> NodeCache:
         if self.cache is None:

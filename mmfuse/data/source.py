@@ -86,7 +86,7 @@ class Source:
     @property
     def reading_hash(self) -> str:
         """Changes when the recipe's `members` or `group_pattern` do: they make other samples of the same tars."""
-        rules = [f"{modality} {rule.model_dump_json()}" for modality, rule in self.rules.items()]
+        rules = [f"{name} {rule.model_dump_json(exclude_defaults=True)}" for name, rule in sorted(self.rules.items())]
         return f"{hash_int(*rules, self.group_pattern and self.group_pattern.pattern):016x}"
 
     @cached_property

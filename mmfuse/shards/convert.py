@@ -168,7 +168,7 @@ def _is_current(task: RepackTask, record: ShardRecord) -> bool:
 def _describe_tars(source: Path, destination: Path, *, config: ConvertConfig, jobs: int) -> Iterator[Progress]:
     """Indexes tars where they are and writes the recipe alone."""
     facts = yield from _index(_find_tars(source), jobs=jobs)
-    samples = {shard: known.samples for shard, known in facts.items()}
+    samples = {shard: known.all_samples for shard, known in facts.items()}
     notes = ["nothing must be changed: the tars are read as they are", *check_img2dataset(samples.items())]
     recipe_file = destination / f"{config.name}.yaml"
     recipe = Recipe(
@@ -192,7 +192,7 @@ def _describe_energon(source: Path, destination: Path, *, config: ConvertConfig,
         description=f"The tars of {source.name}, prepared for Megatron-Energon.",
         members=data.members or None,
         splits={
-            name: make_split(tars, samples=sum(facts[tar].samples for tar in tars), recipe=recipe_file)
+            name: make_split(tars, samples=sum(facts[tar].all_samples for tar in tars), recipe=recipe_file)
             for name, tars in data.splits.items()
         },
     )

@@ -105,14 +105,14 @@ def _compare_with_energon(shard: Shard, index: ShardIndex) -> str | None:
         return None
     try:
         return check_energon_offsets(Path(tar), index)
-    except ShardError as error:
+    except DataError as error:
         return str(error)  # of the list: nothing is wrong with the tar
 
 
 def compare_with_img2dataset(shards: Iterable[IndexedShard]) -> Iterator[str]:
     """A sentence for each local shard that has not the samples of which img2dataset tells in its folder."""
     counts = [
-        (Path(shard.parts[0]), outcome.samples)
+        (Path(shard.parts[0]), outcome.all_samples)
         for shard, outcome in ((result.shard, result.outcome) for result in shards)
         if isinstance(outcome, ShardFacts) and len(shard.parts) == 1 and not shard.is_remote
     ]

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -59,12 +59,12 @@ class TrainingData:
         start: int,
         engine: Engine,
         metrics: MetricsWriter,
-        beside_bytes: int = 0,
+        beside: Mapping[str, int] | None = None,
     ) -> Iterator[Batch]:
         """This rank's micro-batches from step `start` to the end of the run, on its device.
 
         Args:
-            beside_bytes: of the node's cache, what evaluation will need meanwhile.
+            beside: size by name of what evaluation will need of the node's cache meanwhile.
         """
         run = self.run
 
@@ -89,7 +89,7 @@ class TrainingData:
         records = _Records(run.folder, engine, start=start, samples=run.train.record_samples)
         uses = partial(self._uses, start, engine.world_size)
         with prefetching(
-            run.data.cache, self.sources, uses, run_folder=run.folder, purpose="train", beside_bytes=beside_bytes
+            run.data.cache, self.sources, uses, run_folder=run.folder, purpose="train", beside=beside
         ) as report:
             since = time.perf_counter()
             for number, batch in enumerate(batches, start=1):

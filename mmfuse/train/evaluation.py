@@ -22,7 +22,7 @@ from mmfuse.files import write_text
 from mmfuse.task import Task
 from mmfuse.train.checkpoint import RUN, load_weights, read_facts, verify_checkpoint
 from mmfuse.train.environment import write_environment
-from mmfuse.train.prefetch import bytes_at_a_time, evaluation_uses, node_cache, prefetching
+from mmfuse.train.prefetch import copies_at_a_time, evaluation_uses, node_cache, prefetching
 from mmfuse.train.run import RunConfig, load_run
 from mmfuse.types import Batch, Fault
 
@@ -35,11 +35,15 @@ Results = dict[str, dict[str, Any]]
 class Evaluator:
     """The opened validation sets of a run."""
 
-    def __init__(self, run: RunConfig) -> None:
-        """Opens them now, so that a missing one is known before the first step."""
+    def __init__(self, run: RunConfig, *, folder: Path | None = None) -> None:
+        """Opens them now, so that a missing one is known before the first step.
+
+        Args:
+            folder: who evaluates beside a run that may be alive names another folder, and is another user of the cache.
+        """
         self.config, self.num_workers = run.evaluation, run.data.num_workers
         modalities = tuple(run.model.modalities)
-        self._cache, self._folder = run.data.cache, run.folder
+        self._cache, self._folder = run.data.cache, folder or run.folder
         self.sources = {
             name: open_source(config, modalities=modalities, cache=self._node_cache(name))
             for name, config in run.data.validation.items()
@@ -55,10 +59,10 @@ class Evaluator:
             results[name] = evaluate_retrieval(embedded, self.config)
         return results
 
-    def cache_bytes(self) -> int:
-        """What evaluation needs of the node's cache at one time."""
-        sources = self.sources.values()
-        return max((bytes_at_a_time(source, self._uses(source)) for source in sources), default=0)
+    def copies_at_a_time(self) -> dict[str, int]:
+        """Size by name of what the largest set needs of the node's cache at one time."""
+        needs = [copies_at_a_time(source, self._uses(source)) for source in self.sources.values()]
+        return max(needs, key=lambda need: sum(need.values()), default={})
 
     def _uses(self, source: Source) -> Iterator[ShardUse]:
         return evaluation_uses(source.counts.tolist(), batch_size=self._batch_size)
@@ -135,7 +139,7 @@ def evaluate_checkpoint(
     step = int(read_facts(checkpoint)["step"])
     folder = output or checkpoint.with_name(f"{checkpoint.name}.evaluation")
     write_environment(folder, run, strategy="evaluation")
-    evaluator = Evaluator(run)
+    evaluator = Evaluator(run, folder=folder)
     task = Task(run.model, run.objective_configs, seed=run.seed).to(device)
     evaluator.evaluate_step(task, device, step=0, folder=folder)
     load_weights(task, checkpoint)

@@ -1,7 +1,7 @@
 """Fetching for this node: one of its ranks starts the prefetcher, all of them tell it how far they are."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from mmfuse.data.remote.prefetch import Prefetcher
 from mmfuse.data.remote.prefetch_ahead import CachedShard, LookAhead
 from mmfuse.data.remote.prefetch_loop import CacheConfig
 from mmfuse.data.remote.prefetch_progress import Progress, owner_of
+from mmfuse.data.remote.urls import is_remote
 from mmfuse.data.shard_files import NodeCache
 from mmfuse.data.source import Source
 from mmfuse.distributed import raise_together, rank, ranks_of_this_node
@@ -29,14 +30,14 @@ def prefetching(
     *,
     run_folder: Path,
     purpose: str,
-    beside_bytes: int = 0,
+    beside: Mapping[str, int] | None = None,
 ) -> Iterator[Callable[[int], None]]:
     """Remote shards of the sources are copied to this node meanwhile, if there are any; all ranks must call.
 
     Args:
         uses: what the ranks of a node read; gives something that pickles.
         purpose: tells this cache user from others of the same run.
-        beside_bytes: of the budget, what others of the same run will need meanwhile.
+        beside: size by name of copies that others of the same run will need meanwhile.
     Returns:
         To be called with every step for which this rank has got all that it reads. Raises a DataError when the
         prefetcher has ended.
@@ -48,9 +49,7 @@ def prefetching(
     ranks, path = ranks_of_this_node(), _progress_of(config, run_folder, purpose)
     prefetcher = None
     if rank() == ranks[0]:
-        prefetcher = Prefetcher(
-            config, shards, uses(ranks), progress=path, num_ranks=len(ranks), beside_bytes=beside_bytes
-        )
+        prefetcher = Prefetcher(config, shards, uses(ranks), progress=path, num_ranks=len(ranks), beside=beside)
     try:
         # After the start alone: the others must not open the progress file of an earlier one.
         raise_together(prefetcher.start if prefetcher else None)
@@ -79,9 +78,9 @@ def evaluation_uses(shards: Sequence[int], *, batch_size: int) -> Iterator[Shard
             yield ShardUse((end - samples) // batch_size, (end - 1) // batch_size, 0, number)
 
 
-def bytes_at_a_time(source: Source, uses: Iterator[ShardUse]) -> int:
-    """The most that must be in the cache at one time where the only source is read so."""
-    return LookAhead(copies, uses).working_set().num_bytes if (copies := _copies([source])) else 0
+def copies_at_a_time(source: Source, uses: Iterator[ShardUse]) -> dict[str, int]:
+    """Size by name of the most that must be in the cache at one time where the only source is read so."""
+    return LookAhead(copies, uses).working_set().sizes if (copies := _copies([source])) else {}
 
 
 def _copies(sources: Sequence[Source]) -> dict[tuple[int, int], tuple[CachedShard, ...]]:
@@ -94,6 +93,7 @@ def _copies(sources: Sequence[Source]) -> dict[tuple[int, int], tuple[CachedShar
             copies[number, shard] = tuple(
                 CachedShard(url, part.size, part.version, part.checksum, index_bytes)
                 for url, part in zip(urls, facts.parts, strict=True)
+                if is_remote(url)  # of aligned tars, some may be here
             )
     return copies
 

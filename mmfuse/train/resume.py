@@ -114,7 +114,7 @@ def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
     flat = {**identity, "sources": [source["name"] for source in identity["sources"]]}
     for source in identity["sources"]:
         flat[f"index_hash of {source['name']}"] = source["index_hash"]
-        flat[f"members or group_pattern of {source['name']}'s recipe"] = source["reading_hash"]
+        flat[f"members or group_pattern of {source['name']}'s recipe"] = source.get("reading_hash")
     return flat
 
 

@@ -55,9 +55,8 @@ def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluato
     config, plan = run.train, data.plan
     sources = [source.name for source in data.sources]
     metrics = MetricsWriter(run.folder, start=start, stop=config.steps, device=engine.device, sources=sources)
-    batches = data.batches(
-        evaluator.processors, start=start, engine=engine, metrics=metrics, beside_bytes=evaluator.cache_bytes()
-    )
+    beside = evaluator.copies_at_a_time() if 0 < config.evaluate_every < config.steps else None
+    batches = data.batches(evaluator.processors, start=start, engine=engine, metrics=metrics, beside=beside)
     task.train()
     for step in range(start, config.steps):
         seed_torch(hash_int(run.seed, "dropout", step, engine.rank), device=engine.device)

@@ -136,12 +136,17 @@ def test_a_server_that_is_gone_ends_the_run_within_the_deadline(server: HttpServ
 
 
 def test_the_share_of_evaluation_is_known_before_the_first_step(server: HttpServer, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
-    assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
-    largest = max(path.stat().st_size for path in server.files.iterdir())
-    changes = {"data.validation.kept.recipe": recipe, "data.validation.kept.split": "train"}
-    with pytest.raises(DataError, match=r"budget_gib = .* is too small: .* beside .* that evaluation reads at a time"):
-        train_on(recipe, tmp_path / "out", cache=tmp_path / "cache", budget=9 * largest, **changes)
+    tars = list(server.files.iterdir())
+    (server.files / "kept").mkdir()
+    for tar in tars:
+        shutil.copy2(tar, server.files / "kept")
+    places = {"local": server.url("plain", "").rstrip("/"), "kept": server.url("plain", "kept")}
+    train_recipe, kept = (write_recipe(tmp_path, address, name=name) for name, address in places.items())
+    assert main(["shards", "index", str(train_recipe), str(kept), "--jobs", "1"]) == 0
+    changes = {"data.validation.kept.recipe": kept, "data.validation.kept.split": "train", "train.evaluate_every": 3}
+    budget = 9 * max(tar.stat().st_size for tar in tars)
+    with pytest.raises(DataError, match=r"budget_gib = .* is too small: .* that evaluation reads at a time"):
+        train_on(train_recipe, tmp_path / "out", cache=tmp_path / "cache", budget=budget, **changes)
     assert not (tmp_path / "out/metrics.jsonl").read_text()
 
 

@@ -254,7 +254,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_kept(
         mmfuse("train", run, "--set", change, fails=CHECKPOINT, says=says)
     write_tar(tmp_path / "set/train-1.tar", sample_members(77, ["text", "image"]))
     mmfuse("shards", "index", "--force", tmp_path / "set", fails=0, says=())
-    mmfuse("train", run, fails=CHECKPOINT, says=("belongs to another run", "data: sources was "))
+    mmfuse("train", run, fails=CHECKPOINT, says=("belongs to another run", "data: index_hash of set/train was "))
     assert files_in(tmp_path) == before
 
 

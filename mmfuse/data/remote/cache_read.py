@@ -6,7 +6,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from mmfuse.data.remote.cache_ledger import is_alive, lock_of
+from mmfuse.data.remote.cache_ledger import index_of, is_alive, lock_of
 from mmfuse.errors import DataError
 
 _POLL_SECONDS = 0.02
@@ -38,8 +38,10 @@ def is_evicted(descriptor: int) -> bool:
     return os.fstat(descriptor).st_nlink == 0
 
 
-def wait_for_shard(folder: Path, name: str, *, owner: str, quiet_seconds: float = QUIET_SECONDS) -> Path:
-    """The path of a file of the cache, once it is there.
+def wait_for_shard(
+    folder: Path, name: str, *, owner: str, with_index: bool = False, quiet_seconds: float = QUIET_SECONDS
+) -> Path:
+    """The path of a file of the cache, once it is there, and its index.
 
     How long that takes is not limited as such: where the cache is full, it lasts until the ranks have gone on, and
     they may be evaluating. What is limited is how long a prefetcher may be silent.
@@ -50,12 +52,13 @@ def wait_for_shard(folder: Path, name: str, *, owner: str, quiet_seconds: float 
         DataError: the download failed, the prefetcher has ended or is silent, or it does not know of this file.
     """
     place, asked = folder / name, time.monotonic()
+    needed = (place, index_of(folder, name)) if with_index else (place,)
     next_look = asked + _LOOK_SECONDS
-    while not place.exists():
+    while not all(path.exists() for path in needed):
         if time.monotonic() >= next_look:
             waited = time.monotonic() - asked
             problem = _find_problem(folder, name, owner, waited=waited, quiet_seconds=quiet_seconds)
-            if problem and not place.exists():
+            if problem and not all(path.exists() for path in needed):
                 raise DataError(problem)
             next_look = time.monotonic() + _LOOK_SECONDS
         time.sleep(_POLL_SECONDS)

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
@@ -22,7 +22,7 @@ from mmfuse.data.remote.cache_ledger import Ledger, remove_dead_owners
 from mmfuse.data.remote.prefetch_ahead import Copies
 from mmfuse.data.remote.prefetch_loop import CacheConfig, PrefetchJob, run_prefetcher
 from mmfuse.data.remote.prefetch_progress import Progress, owner_of
-from mmfuse.errors import DataError, MmfuseError
+from mmfuse.errors import ConfigError, DataError, MmfuseError
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +42,20 @@ class Prefetcher:
         *,
         progress: Path,
         num_ranks: int,
-        beside_bytes: int = 0,
+        beside: Mapping[str, int] | None = None,
     ) -> None:
         """Starts nothing yet.
 
         Args:
             shards: those that must be copied.
             uses: what the node's ranks read from their first step on; called in the process, so it must pickle.
-            beside_bytes: of the budget, kept for this run's evaluation.
+            beside: size by name of copies that this run's evaluation will need meanwhile.
             progress: a file that is made here, for this node alone; each rank reports there (`Progress`).
         """
         self.config, self.progress, self.num_ranks = config, progress, num_ranks
         self.owner = owner_of(progress)
         """What workers must know of it (`open_cached`); other ranks find it with `owner_of`."""
-        self._job = PrefetchJob(config, dict(shards), uses, progress, self.owner, beside_bytes)
+        self._job = PrefetchJob(config, dict(shards), uses, progress, self.owner, dict(beside or {}))
         self._process: BaseProcess | None = None
         self._parent = 0
 
@@ -71,7 +71,12 @@ class Prefetcher:
             ConfigError: the budget is too small or larger than the disk, or the folder cannot be used.
             DataError: the process ended by itself.
         """
-        Progress.create(self.progress, num_ranks=self.num_ranks)
+        try:
+            Progress.create(self.progress, num_ranks=self.num_ranks)
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache.folder = {self.config.place}: cannot be written: {error.strerror}"
+            ) from error
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._parent = os.getpid()

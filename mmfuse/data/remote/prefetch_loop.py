@@ -68,8 +68,8 @@ class PrefetchJob(NamedTuple):
     uses: Callable[[], Iterator[ShardUse]]
     progress: Path
     owner: str
-    beside_bytes: int
-    """What the same run's evaluation will need beside it."""
+    beside: Mapping[str, int]
+    """Size by name of what the same run's evaluation will need meanwhile."""
 
 
 def run_prefetcher(job: PrefetchJob, connection: Connection, parent: int) -> None:
@@ -127,7 +127,7 @@ class Feeder:
         cache.drop_changed({name: shard.size for name, shard in self._shards.items()})
         self._ahead = LookAhead(job.shards, job.uses())
         largest = self._ahead.working_set()
-        self._check_budget(largest.sizes, step=largest.step, beside_bytes=job.beside_bytes)
+        self._check_budget(largest.sizes, step=largest.step, beside=job.beside)
         cache.begin(self._ahead.step, self._ahead.uses, working_set=largest.sizes)
         # Downloads that push out what will be used again go no further ahead than lanes need when all of them change
         # their windows at once. Going as far as fits would push out everything before its next use: of 100 shards in a
@@ -163,16 +163,22 @@ class Feeder:
         if changed:
             self._start_downloads()
 
-    def _check_budget(self, sizes: Mapping[str, int], *, step: int, beside_bytes: int) -> None:
+    def _check_budget(self, sizes: Mapping[str, int], *, step: int, beside: Mapping[str, int]) -> None:
         needed = sum(sizes.values())
-        beside = f", beside {gib(beside_bytes)} that evaluation reads at a time," if beside_bytes else ""
-        if needed + beside_bytes > self.config.budget_bytes:
-            raise ConfigError(
-                f"data.cache.budget_gib = {self.config.budget_gib:.4g} is too small: at step {step} this node reads "
-                f"{len(sizes)} shards at a time (its lanes x data.window_shards; two windows while they change), and "
-                f"{len(sizes)} x {gib(needed / len(sizes))} = {gib(needed)}{beside} are needed; raise "
-                "data.cache.budget_gib, lower data.window_shards or data.lanes, use more nodes, or make smaller shards"
+        more = sum(size for name, size in beside.items() if name not in sizes)
+        if needed + more <= self.config.budget_bytes:
+            return
+        what = f"data.cache.budget_gib = {self.config.budget_gib:.4g} is too small: "
+        if needed:
+            what += (
+                f"at step {step} this node reads {len(sizes)} shards at a time (its lanes x data.window_shards; two "
+                f"windows while they change), and {len(sizes)} x {gib(needed / len(sizes))} = {gib(needed)}"
             )
+        what += f"{', and' * (needed > 0)} {gib(more)} that evaluation reads at a time" if more else ""
+        raise ConfigError(
+            f"{what} are needed; raise data.cache.budget_gib, lower data.window_shards or data.lanes, use more nodes, "
+            "or make smaller shards"
+        )
 
     def _start_downloads(self) -> None:
         near = self._ahead.step_after(self._reach)

@@ -154,7 +154,8 @@ def test_attempts_and_deadline_are_ours_and_not_the_library_s(nginx, tmp_path, m
     attempts = int(str(error.value).partition("gave up at attempt ")[2].partition(" ")[0])
     assert attempts > 1 or fault == "hang"
     at_once = 2 if fault == "closed" else 1  # aiohttp asks again where a connection that it kept was closed
-    assert len(nginx.asked(nginx.url(fault, "a.tar"))) <= attempts * at_once
+    # One more, where the deadline cut an attempt off before it was counted.
+    assert len(nginx.asked(nginx.url(fault, "a.tar"))) <= attempts * at_once + 1
     assert not (tmp_path / "a.tar").exists()
 
 
