@@ -98,6 +98,7 @@ def test_two_processes_over_a_remote_blend_are_one_over_local_tars(server: HttpS
         settings = [
             f"data.train=[{blend}]",
             f"data.cache.folder={tmp_path / 'cache'}",
+            "data.cache.budget_gib=1",
             "data.num_workers=1",
             "data.lanes=4",
             "data.window_shards=1",
