@@ -106,6 +106,40 @@ def gather_rows(x: Tensor, *, global_rows: int) -> Tensor:
     return gathered[_rows_without_padding(global_rows, most).to(x.device)]
 
 
+class _RotateRows(torch.autograd.Function):
+    """To the next rank, from the one before; the gradient travels back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _shift(x, by=1)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> Tensor:
+        return _shift(grad_outputs[0], by=-1)
+
+
+def _shift(x: Tensor, *, by: int) -> Tensor:
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    target, origin = (rank() + by) % world_size(), (rank() - by) % world_size()
+    exchange = [dist.P2POp(dist.isend, x.contiguous(), target), dist.P2POp(dist.irecv, received, origin)]
+    for work in dist.batch_isend_irecv(exchange):
+        work.wait()
+    return received
+
+
+def rotate_rows(x: Tensor) -> Tensor:
+    """The rows of the rank before this one, of the last rank on the first, with gradient to them.
+
+    Args:
+        x: `(k, ...)`, of one shape on all ranks.
+    """
+    if world_size() == 1:
+        return x
+    rotated = _RotateRows.apply(x) if x.is_floating_point() else _shift(x, by=1)
+    assert isinstance(rotated, Tensor)
+    return rotated
+
+
 def _rows_without_padding(global_rows: int, most: int) -> Tensor:
     """Where each global row sits among `world_size` blocks of `most` rows."""
     rows = []

@@ -35,9 +35,12 @@ def objective_configs(
     return {name: find_plugin("mmfuse.objectives", name).Config(**settings.get(name, {})) for name in names}
 
 
-def tiny_task(objectives: Sequence[str] = ALL_OBJECTIVES, **changes: Any) -> Task:
-    """A task in fp64, always with the same weights."""
-    return Task(tiny_model(**changes), objective_configs(objectives), seed=5).double()
+def tiny_task(
+    objectives: Sequence[str] = ALL_OBJECTIVES, *, settings: Mapping[str, Any] | None = None, **changes: Any
+) -> Task:
+    """A task in fp64, always with the same weights; `settings` are those of each objective, `changes` the model's."""
+    configs = objective_configs(objectives, **dict.fromkeys(objectives, settings or {}))
+    return Task(tiny_model(**changes), configs, seed=5).double()
 
 
 def make_samples(presence: str, *, groups: Sequence[int] | None = None) -> list[Sample]:

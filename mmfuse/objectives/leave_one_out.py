@@ -9,17 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmfuse.distributed import gather_rows
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
-from mmfuse.objectives.contrastive import (
-    INITIAL_LOGIT_SCALE,
-    GlobalRows,
-    exp_clamped,
-    gather_embeddings,
-    info_nce,
-)
+from mmfuse.objectives.contrastive import INITIAL_LOGIT_SCALE, exp_clamped
+from mmfuse.objectives.pairs.candidates import CandidateConfig, Side
+from mmfuse.objectives.pairs.contrast import Pair, contrast
 from mmfuse.types import TokenBatch
 
 
@@ -27,22 +22,24 @@ class Config(ObjectiveConfig):
     """Leave-one-out contrast of the fused embedding."""
 
     trains_fused_embedding: ClassVar[bool] = True
+    candidates: CandidateConfig = CandidateConfig()
 
     def build(self, model: ModelConfig, *, seed: int) -> "LeaveOneOut":
         if len(model.modalities) < 3:
             raise ConfigError("objectives.leave_one_out needs at least three modalities")
-        return LeaveOneOut(len(model.modalities))
+        return LeaveOneOut(len(model.modalities), self)
 
 
 class LeaveOneOut(Objective):
     """Mean InfoNCE between each modality and the fusion of the others."""
 
-    def __init__(self, num_modalities: int) -> None:
+    def __init__(self, num_modalities: int, config: Config) -> None:
         super().__init__()
+        self.candidates = config.candidates
         self.logit_scale = nn.Parameter(torch.full((num_modalities,), INITIAL_LOGIT_SCALE))
 
     def forward(self, inputs: StepInputs) -> dict[str, Term]:
-        batch, embeddings = inputs.batch, list(inputs.encoded.embeddings.values())
+        batch, num_modalities = inputs.batch, len(inputs.encoded.embeddings)
         complete = batch.present.all(1)
         fused = inputs.model.fuse(_without_each(inputs.encoded.token_batch, complete)).embedding
         count = int(complete.sum())
@@ -52,23 +49,15 @@ class LeaveOneOut(Objective):
                 for part in fused.split(count)
             ]
             if count
-            else [fused.new_zeros(len(complete), fused.shape[-1]) + fused.sum()] * len(embeddings)
+            else [fused.new_zeros(len(complete), fused.shape[-1]) + fused.sum()] * num_modalities
         )
 
-        rows = GlobalRows.of(inputs)
-        gathered = gather_embeddings(embeddings + mixed, global_rows=batch.global_rows)
-        present = gather_rows(batch.present, global_rows=batch.global_rows)
-        everyone_complete = present.all(1)
-        terms = [
-            info_nce(
-                (mixed[number], embeddings[number]),
-                (gathered[len(embeddings) + number], gathered[number]),
-                (everyone_complete, present[:, number]),
-                scale,
-                rows,
-            )
-            for number, scale in enumerate(exp_clamped(self.logit_scale))
-        ]
+        columns = dict(zip(batch.modalities, batch.present.unbind(1), strict=True))
+        sides = {name: Side(embedding, columns[name]) for name, embedding in inputs.encoded.embeddings.items()}
+        sides |= {f"without {name}": Side(part, complete) for name, part in zip(columns, mixed, strict=True)}
+        scales = exp_clamped(self.logit_scale)
+        pairs = [Pair(f"without {name}", name, scale) for name, scale in zip(columns, scales, strict=True)]
+        terms = contrast(sides, pairs, batch, self.candidates)
         loss = torch.stack([term.loss for term in terms]).mean()
         rows, row_losses = (torch.cat(parts) for parts in zip(*(term[1:] for term in terms), strict=True))
         return {"leave_one_out": Term(loss, rows, row_losses)}

@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from batches import ALL_OBJECTIVES, make_batch, make_samples, tiny_task
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmfuse.distributed import fetch_rows, gather_rows, rank, slice_of_rank, world_size
 from mmfuse.evaluate.retrieval import embed_set
 from mmfuse.objectives.base import StepInputs
-from mmfuse.objectives.contrastive import Contrastive
-from mmfuse.task import Task
+from mmfuse.objectives.contrastive import Config, Contrastive
 from mmfuse.types import Batch, Encoded, Sample, TokenBatch
 
 WORLD_SIZES = (2, 3)
@@ -45,17 +45,30 @@ def scenario_batch(name: str) -> Batch:
     return make_batch(samples, rank=rank(), world_size=world_size())
 
 
-def train_step(scenario: str, objective: str) -> Result:
+CANDIDATES = {
+    "blocks": {"candidates": {"block_rows": 3}},
+    "ring": {"candidates": {"exchange": "ring"}},
+    "ring of blocks": {"candidates": {"exchange": "ring", "block_rows": 2}},
+}
+"""Ways to meet the global batch, which are all equal to the default."""
+WAYS = {
+    f"{loss} {way}": {"loss": loss, **candidates}
+    for loss in ("info_nce", "sigmoid")
+    for way, candidates in {"at once": {}, **CANDIDATES}.items()
+}
+
+
+def train_step(scenario: str, objective: str, settings: dict[str, Any] | None = None) -> Result:
     """Loss and gradients of one objective; under DDP, where there are ranks, with its average of gradients."""
-    task = tiny_task((objective,))
+    task = tiny_task((objective,), settings=settings)
     wrapped = DistributedDataParallel(task) if world_size() > 1 else task
     loss = wrapped(scenario_batch(scenario)).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: gradient_of(task, name) for name, _ in task.named_parameters()}
 
 
-def gradient_of(task: Task, name: str) -> Tensor:
-    gradient = task.get_parameter(name).grad
+def gradient_of(module: nn.Module, name: str) -> Tensor:
+    gradient = module.get_parameter(name).grad
     assert gradient is not None, f"{name} has no gradient on rank {rank()}"
     return gradient
 
@@ -72,17 +85,18 @@ def contrastive_inputs(embeddings: dict[str, Tensor], batch: Batch) -> StepInput
     return StepInputs(None, batch, Encoded(tokens, embeddings), None)  # type: ignore[arg-type]
 
 
-def contrast_complete_pairs() -> Result:
+def contrast_complete_pairs(settings: dict[str, Any]) -> Result:
     """Loss and gradients of captioned pictures, each rank holding its part of `pair_embeddings`."""
     embeddings = pair_embeddings()
     own = slice_of_rank(len(embeddings), rank=rank(), world_size=world_size())
     leaf = embeddings[own].clone().requires_grad_()
     batch = make_batch(" ".join(["ti"] * len(embeddings)), letters="ti", rank=rank(), world_size=world_size())
-    objective = Contrastive({("text", "image"): 1.0}).double()
+    objective = Contrastive({("text", "image"): 1.0}, Config.model_validate(settings)).double()
     ((loss, _, _),) = objective(contrastive_inputs({"text": leaf[:, 0], "image": leaf[:, 1]}, batch)).values()
     loss.backward()
-    assert leaf.grad is not None and objective.logit_scale.grad is not None
-    return {"loss": loss.detach(), "embeddings": leaf.grad, "scale": objective.logit_scale.grad}
+    assert leaf.grad is not None
+    gradients = {name: gradient_of(objective, name) for name, _ in objective.named_parameters()}
+    return {"loss": loss.detach(), "embeddings": leaf.grad, **gradients}
 
 
 def global_rows(count: int) -> Tensor:
@@ -148,12 +162,22 @@ def embed_evaluation_set() -> Result:
 
 
 RECIPES: dict[str, Callable[[], Result]] = {
-    "contrast_complete_pairs": contrast_complete_pairs,
+    **{f"complete pairs {way}": functools.partial(contrast_complete_pairs, s) for way, s in WAYS.items()},
     **{f"gather {n}": functools.partial(gather, n) for n in (2, 6, 11)},
     **{f"fetch {n}": functools.partial(fetch, n) for n in (2, 6, 11)},
     "embed_evaluation_set": embed_evaluation_set,
     "exchange_types": functools.partial(exchange_types, 11),
     **{f"{s} {o}": functools.partial(train_step, s, o) for s in SCENARIOS for o in ALL_OBJECTIVES},
+    **{
+        f"{s} contrastive {way}": functools.partial(train_step, s, "contrastive", settings)
+        for s in SCENARIOS
+        for way, settings in WAYS.items()
+    },
+    **{
+        f"{s} leave_one_out {way}": functools.partial(train_step, s, "leave_one_out", settings)
+        for s in SCENARIOS
+        for way, settings in CANDIDATES.items()
+    },
 }
 
 

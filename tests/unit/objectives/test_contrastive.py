@@ -105,7 +105,10 @@ def test_the_scale_stays_within_bounds_and_may_leave_them_inwards_only() -> None
 
 def test_logits_stay_in_fp32_under_autocast() -> None:
     embeddings = {name: x.detach().float() for name, x in embed(MIXED).items()}
-    objective, inputs = Contrastive({("text", "image"): 1.0}), contrastive_inputs(embeddings, make_batch(MIXED))
+    objective, inputs = (
+        Contrastive({("text", "image"): 1.0}, Config()),
+        contrastive_inputs(embeddings, make_batch(MIXED)),
+    )
     expected = objective(inputs)["text-image"].loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(objective(inputs)["text-image"].loss, expected)

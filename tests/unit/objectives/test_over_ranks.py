@@ -3,10 +3,12 @@
 import pytest
 import torch
 from batches import ALL_OBJECTIVES
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from unit.objectives.ranks import (
+    CANDIDATES,
     GROUPS,
     SCENARIOS,
+    WAYS,
     WORLD_SIZES,
     pair_embeddings,
     result_alone,
@@ -14,6 +16,7 @@ from unit.objectives.ranks import (
 )
 
 from mmfuse.distributed import slice_of_rank
+from mmfuse.objectives.contrastive import INITIAL_LOGIT_SCALE, INITIAL_SIGMOID_BIAS, INITIAL_SIGMOID_SCALE
 
 TOLERANCE = 1e-12
 """fp64, relative to the largest number of a tensor."""
@@ -36,6 +39,29 @@ def test_loss_and_gradients_do_not_know_the_world_size(size: int, objective: str
             assert error(result[name], alone[name]) < TOLERANCE, name
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("way", CANDIDATES)
+@pytest.mark.parametrize(
+    ("objective", "plain"),
+    [
+        ("contrastive info_nce", "contrastive"),
+        ("contrastive sigmoid", "contrastive sigmoid at once"),
+        ("leave_one_out", "leave_one_out"),
+    ],
+)
+@pytest.mark.parametrize("size", (1, *WORLD_SIZES))
+def test_blocks_and_rings_of_candidates_change_nothing(
+    size: int, objective: str, plain: str, way: str, scenario: str
+) -> None:
+    expected, recipe = result_alone(f"{scenario} {plain}"), f"{scenario} {objective} {way}"
+    ranks = [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks()[size]]
+    assert expected["loss"] > 0
+    assert error(torch.stack([result["loss"] for result in ranks]).mean(), expected["loss"]) < TOLERANCE
+    for name in expected.keys() - {"loss"}:
+        for result in ranks:
+            assert error(result[name], expected[name]) < TOLERANCE, name
+
+
 def test_the_scenarios_have_what_they_promise() -> None:
     uneven, idle = SCENARIOS["uneven"].split(), SCENARIOS["idle"].split()
     parts = [uneven[slice_of_rank(len(uneven), rank=r, world_size=3)] for r in range(3)]
@@ -51,15 +77,23 @@ def test_the_scenarios_have_what_they_promise() -> None:
     )
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", (1, *WORLD_SIZES))
-def test_contrastive_is_open_clip_on_complete_batches(size: int) -> None:
-    embeddings = pair_embeddings().requires_grad_()
-    log_scale = torch.tensor([1 / 0.07]).log().double().requires_grad_()
-    loss = ClipLoss()(embeddings[:, 0], embeddings[:, 1], log_scale.exp())
+def test_contrastive_is_open_clip_on_complete_batches(size: int, way: str) -> None:
+    embeddings, is_sigmoid = pair_embeddings().requires_grad_(), way.startswith("sigmoid")
+    start, first = (INITIAL_SIGMOID_SCALE if is_sigmoid else INITIAL_LOGIT_SCALE), embeddings[:, 0]
+    log_scale = torch.tensor([start]).double().requires_grad_()
+    bias = torch.tensor([INITIAL_SIGMOID_BIAS], dtype=torch.float64, requires_grad=True)
+    if is_sigmoid:
+        loss = SigLipLoss()(first, embeddings[:, 1], log_scale.exp(), bias)
+    else:
+        loss = ClipLoss()(first, embeddings[:, 1], log_scale.exp())
     loss.backward()
-    recipe = "contrast_complete_pairs"
+    recipe = f"complete pairs {way}"
     ranks = [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks()[size]]
     assert error(torch.stack([result["loss"] for result in ranks]).mean(), loss.detach()) < TOLERANCE
     # Each rank's loss is `size` times its part, for engines take the mean of gradients.
     assert error(torch.cat([result["embeddings"] for result in ranks]) / size, embeddings.grad) < TOLERANCE
-    assert error(torch.stack([result["scale"] for result in ranks]).mean(0), log_scale.grad) < TOLERANCE
+    assert error(torch.stack([result["logit_scale"] for result in ranks]).mean(0), log_scale.grad) < TOLERANCE
+    if is_sigmoid:
+        assert error(torch.stack([result["logit_bias"] for result in ranks]).mean(0), bias.grad) < TOLERANCE
