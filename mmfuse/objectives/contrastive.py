@@ -8,7 +8,6 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from mmfuse.distributed import gather_rows
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig, at_least_fp32
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
@@ -74,12 +73,6 @@ class Contrastive(Objective):
                 pairs, self.weights.values(), contrast(sides, pairs, batch, self.candidates), strict=True
             )
         }
-
-
-def gather_embeddings(embeddings: list[Tensor], *, global_rows: int) -> list[Tensor]:
-    """Several `(B, E)` gathered to `(G, E)` with gradient in one exchange."""
-    joined = gather_rows(torch.stack(embeddings, dim=1), global_rows=global_rows)
-    return list(joined.unbind(1))
 
 
 class _ClampInward(torch.autograd.Function):

@@ -21,7 +21,6 @@ from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.model.model import ModelConfig, at_least_fp32
 from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
-from mmfuse.objectives.contrastive import gather_embeddings
 from mmfuse.randomness import keyed_uniform
 from mmfuse.types import TokenBatch
 
@@ -66,7 +65,8 @@ class Matching(Objective):
     def _draw(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """For each row the modality that is exchanged (-1: none can be) and the global row that it comes from."""
         batch = inputs.batch
-        everyone = gather_embeddings(list(inputs.encoded.embeddings.values()), global_rows=batch.global_rows)
+        embeddings = torch.stack(list(inputs.encoded.embeddings.values()), dim=1)  # for one exchange
+        everyone = gather_rows(embeddings, global_rows=batch.global_rows).unbind(1)
         present, group, sample = (
             gather_rows(x, global_rows=batch.global_rows) for x in (batch.present, batch.group_id, batch.sample_id)
         )

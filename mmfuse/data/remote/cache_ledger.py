@@ -154,36 +154,37 @@ def hold_lock(place: Path) -> int:
 def is_alive(place: Path) -> bool:
     """Whether the owner of this lock file holds it."""
     try:
-        descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        with _looking_at(place) as free:
+            return free is None
     except FileNotFoundError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _delete_if_dead(place: Path) -> bool:
     """Deletes a lock file that nobody holds; whether its owner is dead."""
     try:
-        descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        with _looking_at(place) as free:
+            # While locked: the same owner, starting anew in this moment, must see that its file has gone.
+            if free is not None and os.path.samestat(os.fstat(free), place.stat()):
+                place.unlink()
+            return free is not None
     except FileNotFoundError:
         return True
+
+
+@contextmanager
+def _looking_at(place: Path) -> Iterator[int | None]:
+    """A lock file's descriptor, which its owner cannot lock meanwhile; None where the owner holds it."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        # While locked: the same owner starting anew in this moment must see that its file has gone, and make another.
-        if os.path.samestat(os.fstat(descriptor), place.stat()):
-            place.unlink()
-    except BlockingIOError:
-        return False
-    except FileNotFoundError:
-        return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield descriptor
     finally:
         os.close(descriptor)
-    return True
 
 
 def temporary_of(folder: Path, name: str, owner: str) -> Path:

@@ -8,8 +8,9 @@ group are never each other's negatives.
 Shape legend: B rows of this rank, n queries of it, K candidates of a block.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def contrast(sides: Mapping[str, Side], pairs: Sequence[Pair], batch: Batch, con
     ]
     with torch.autocast(own.embeddings.device.type, enabled=False):  # bf16 would err by 0.25 at a logit of 100
         for block in candidate_blocks(own, config, global_rows=batch.global_rows):
-            compute = _compute if len(block.row) == batch.global_rows else _compute_again
+            compute = operator.call if len(block.row) == batch.global_rows else _compute_again
             for loss in losses:
                 loss.meet(block, compute)
         return [loss.term() for loss in losses]
@@ -61,7 +62,7 @@ class _InfoNce:
         self.met: tuple[list[Tensor], list[Tensor]] = ([], [])
         self.count = own.row.new_zeros(())
 
-    def meet(self, block: Block, compute: "Callable[..., Tensor]") -> None:
+    def meet(self, block: Block, compute: Callable[..., Any]) -> None:
         self.count = self.count + block.present[:, list(self.sides)].all(1).sum()
         for met, sides in zip(self.met, (self.sides, self.sides[::-1]), strict=True):
             met.append(compute(_log_sum_exp, self.queries, block, sides, self.scale))
@@ -84,7 +85,7 @@ class _Sigmoid:
         self.costs_n = self.queries.embeddings.new_zeros(len(self.rows))
         self.count, self.askers = own.row.new_zeros(()), own.row.new_zeros(())
 
-    def meet(self, block: Block, compute: "Callable[..., Tensor]") -> None:
+    def meet(self, block: Block, compute: Callable[..., Any]) -> None:
         self.count = self.count + block.present[:, list(self.sides)].all(1).sum()
         self.askers = self.askers + block.present[:, self.sides[0]].sum()
         self.costs_n = self.costs_n + compute(_disagreement, self.queries, block, self.sides, self.scale, self.bias)
@@ -114,10 +115,6 @@ def _meeting(queries: Block, block: Block, sides: tuple[int, int], scale: Tensor
     logits_nK = scale * queries.embeddings[:, query] @ block.embeddings[:, candidate].T
     own_nK = queries.row[:, None] == block.row
     return logits_nK, own_nK, block.present[:, candidate] & (own_nK | (queries.group[:, None] != block.group))
-
-
-def _compute(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    return function(*arguments)
 
 
 def _compute_again(function: Callable[..., Tensor], *arguments: object) -> Tensor:
