@@ -101,13 +101,13 @@ def per_sample(results: list[dict[str, float]], *, clock: str) -> Summary:
     return summarise([result[clock] / result["samples"] * 1e6 for result in results])
 
 
-def ratio_to_ours(rounds: Rounds, column: str, system: str) -> float:
-    """The median over rounds of a system's CPU time over ours of the same round.
+def ratio_to_ours(rounds: Rounds, column: str, system: str, *, ours: str = OURS) -> float:
+    """The median over rounds of a system's CPU time over that of the loader, or `ours`, in the same round.
 
     Where each alternated with the bare calls, in units of those: the machine's speed falls out.
     """
-    pairs = zip(rounds[column][system], rounds[column][OURS], strict=True)
-    return summarise([_in_units(theirs) / _in_units(ours) for theirs, ours in pairs]).median
+    pairs = zip(rounds[column][system], rounds[column][ours], strict=True)
+    return summarise([_in_units(theirs) / _in_units(own) for theirs, own in pairs]).median
 
 
 def ratio_to_bare(rounds: Rounds, column: str, system: str) -> Summary:
@@ -155,6 +155,9 @@ def goals(rounds: Rounds) -> list[str]:
             reached = _verdict(min(factors.values()) >= least)
             shown = ", ".join(f"{name} {factor:.2f}" for name, factor in factors.items())
             lines.append(f"- {peer} ({what}) takes, in our CPU time: {shown} ({reached})")
+            reads = {COLUMNS[c]: ratio_to_ours(rounds, c, peer, ours="mmfuse_source") for c in COLUMNS if "raw" in c}
+            shown = ", ".join(f"{name} {factor:.2f}" for name, factor in reads.items())
+            lines.append(f"- and in that of `Source.read`, which like it gives bytes by extension: {shown}")
     return lines
 
 

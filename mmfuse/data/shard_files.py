@@ -3,7 +3,7 @@
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +41,8 @@ class ShardFiles:
         """Without what is open: file numbers mean others in a spawned worker."""
         return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
 
-    def read(self, shard: int, spans: Sequence[Span | None]) -> list[bytes | None]:
-        """Members of one sample, None for None.
+    def read(self, shard: int, spans: Mapping[str, Span | None]) -> dict[str, tuple[str, bytes]]:
+        """Members of one sample by the names of their places: extension and bytes, nothing for None.
 
         Neighbours are not read in one go: the copies of them cost as much as the calls that it saves.
 
@@ -50,20 +50,19 @@ class ShardFiles:
             ShardError: the tar has changed since it was indexed.
             DataError: it cannot be read, or fetched.
         """
-        members: list[bytes | None] = []
+        members: dict[str, tuple[str, bytes]] = {}
         file, opened, offset = -1, -1, 0
         try:
-            for span in spans:
+            for name, span in spans.items():
                 if span is None:
-                    members.append(None)
                     continue
-                _, part, offset, size = span
+                extension, part, offset, size = span
                 if part != opened:
                     file, opened = self._file(shard, part), part
                 data = os.pread(file, size, offset)
                 if len(data) != size:
                     raise ShardError(f"{self.shards[shard].shown}: ends before byte {offset + size}: it has changed")
-                members.append(data)
+                members[name] = (extension, data)
         except OSError as error:
             raise DataError(f"{self.shards[shard].shown}: cannot be read at byte {offset}: {error.strerror}") from error
         return members
