@@ -186,7 +186,7 @@ def check_energon(data: EnergonData, indexes: dict[Path, ShardIndex]) -> Iterato
         counted = data.counts.get(shard)
         try:
             differs = check_energon_offsets(shard, index)
-        except ShardError as error:
+        except DataError as error:  # of the list: nothing is wrong with the tar
             differs = str(error)
         if differs is None and counted != len(index):
             differs = (

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from distributed.launches import TOLERANCE, finish, read_losses, read_samples, start
-from helpers import write_data_set, write_tiny_run, write_yaml
+from helpers import write_data_set, write_tar, write_tiny_run, write_yaml
 from servers import HttpServer, serve_http
 
 from mmfuse.cli import main
@@ -115,6 +116,25 @@ def test_two_processes_over_a_remote_blend_are_one_over_local_tars(server: HttpS
     ]
     assert ids[0] == ids[1] and len(ids[0]) == 12
     assert read_losses(together) == pytest.approx(read_losses(alone), rel=TOLERANCE)
+
+
+def test_of_aligned_tars_only_what_is_in_the_bucket_is_fetched(server: HttpServer, tmp_path: Path) -> None:
+    (server.files / "text").mkdir()
+    for shard, tar in enumerate(sorted(server.files.glob("*.tar"))):
+        with tarfile.open(tar) as opened:
+            members = {member.name: opened.extractfile(member).read() for member in opened}
+        write_tar(server.files / f"text/{shard}.tar", {n: data for n, data in members.items() if n.endswith(".txt")})
+        write_tar(tmp_path / f"image/{shard}.tar", {n: data for n, data in members.items() if n.endswith(".jpg")})
+    shards = {"text": [f"{server.url('plain', 'text')}/{{0..9}}.tar"], "image": ["image/{0..9}.tar"]}
+    recipe = yaml.safe_load((tmp_path / "local/recipe.yaml").read_text()) | {"splits": {"train": {"shards": shards}}}
+    place = write_yaml(tmp_path / "aligned.yaml", recipe)
+    assert main(["shards", "index", str(place), "--jobs", "1"]) == 0
+    cache = tmp_path / "cache"
+    aligned = train_on(place, tmp_path / "aligned", cache=cache, budget=2**26)
+    whole = train_on(tmp_path / "local/recipe.yaml", tmp_path / "here", cache=cache, budget=2**26)
+    assert [line["loss"] for line in aligned] == [line["loss"] for line in whole]
+    copied = {path.stat().st_size for path in cache.glob("*.tar")}
+    assert copied and copied <= {path.stat().st_size for path in (server.files / "text").iterdir()}
 
 
 def test_a_shard_that_changes_on_the_server_stops_the_run_with_its_name(server: HttpServer, tmp_path: Path) -> None:

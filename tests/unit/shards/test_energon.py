@@ -96,6 +96,8 @@ def test_energon_s_offsets_are_those_of_the_index_until_a_shard_changes(tmp_path
     assert broken.startswith(f"{source}/a_002.tar.idx: has 30 bytes")
     (source / "a_002.tar.idx").unlink()
     assert import_energon_offsets(source / "a_002.tar") is None
+    (source / "a_002.tar.idx").mkdir()
+    assert convert(source, source).notes[-1] == f"{source}/a_002.tar.idx: cannot be read: Is a directory"
 
 
 def test_half_written_metadata_of_energon_is_refused(tmp_path: Path) -> None:
