@@ -5,10 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from mmfuse import __version__
 from mmfuse.cli_shards import add_shards
 from mmfuse.errors import CheckpointError, ConfigError, LaunchError, MmfuseError
 from mmfuse.log import set_up_logging
+from mmfuse.version import VERSION
 
 _GLOBAL_ERRORS = (ConfigError, CheckpointError, LaunchError)
 """Errors that every rank meets; rank 0 speaks for all."""
@@ -37,10 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
         "from samples with any subset of the three.",
         epilog="Exit codes: 2 wrong settings, 3 wrong data, 4 wrong checkpoint, 5 wrong launch, 6 training failed.",
     )
-    parser.add_argument("--version", action="version", version=f"mmfuse {__version__}")
+    parser.add_argument("--version", action="version", version=f"mmfuse {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
+    _add_embed(commands)
     add_shards(commands)
     return parser
 
@@ -75,6 +76,28 @@ def _add_eval(commands) -> None:
     evaluate.set_defaults(command=_evaluate)
 
 
+def _add_embed(commands) -> None:
+    embed = commands.add_parser(
+        "embed",
+        help="write the embeddings of every sample of shards",
+        description="Embeds every modality of every sample, and the whole sample as `fused`, shard by shard. Through "
+        "`torchrun --nproc_per_node N -m mmfuse embed ...` the shards are dealt to N processes. Started again, on any "
+        "number of processes, it goes on with the shards that are missing. manifest.json, written last, tells what the "
+        "rows are; part-NNNNN.keys.jsonl names them.",
+        epilog="Examples: mmfuse embed runs/quickstart data_shards/recipes/emoji_sample.yaml --split new_drawings "
+        "--out embedded   mmfuse embed CHECKPOINT /data/pictures --out embedded --set evaluation.batch_size=512",
+    )
+    embed.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder step_NNNNNNNN, or a run's folder")
+    embed.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, patterns, URLs, or one recipe")
+    embed.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the embeddings go")
+    embed.add_argument("--split", metavar="NAME", help="of the recipe (needed where it has several)")
+    embed.add_argument("--index-dir", type=Path, metavar="DIR", help="folder of the indexes, if not beside the tars")
+    embed.add_argument("--layout", choices=("safetensors", "npy"), default="safetensors", help="form of the files")
+    embed.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored numbers")
+    _add_overrides(embed)
+    embed.set_defaults(command=_embed)
+
+
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
@@ -100,17 +123,22 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    import torch
-
+    from mmfuse.train.checkpoint import find_checkpoint
+    from mmfuse.train.environment import find_device
     from mmfuse.train.evaluation import evaluate_checkpoint
 
-    cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(options.device or ("cuda" if cuda else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"--device {options.device}: no such device; use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not cuda:
-        raise ConfigError(f"--device {options.device}: torch sees no CUDA device here")
-    checkpoint = options.checkpoint.absolute()  # `.` has no name beside which a report could stand
+    device = find_device(options.device)
+    checkpoint = find_checkpoint(options.checkpoint).absolute()  # `.` has no name beside which a report could stand
     evaluate_checkpoint(checkpoint, output=options.out, overrides=options.overrides, device=device)
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from mmfuse.data.recipe import choose_split
+    from mmfuse.embed.shards import embed_shards
+    from mmfuse.embed.store import Form
+
+    chosen = choose_split(options.paths, split=options.split, index_folder=options.index_dir)
+    form = Form(options.layout, options.dtype)
+    embed_shards(options.checkpoint, chosen, out=options.out, form=form, overrides=options.overrides)
     return 0

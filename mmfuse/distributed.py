@@ -4,12 +4,15 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmfuse.errors import DataError, MmfuseError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -53,6 +56,20 @@ def raise_together(act: Callable[[], object] | None) -> None:
         dist.all_gather_object(problems, problem)
     if found := next((problem for problem in problems if problem), None):
         raise DataError(found)
+
+
+def first_rank_decides(act: Callable[[], T]) -> T:
+    """What `act` gives on rank 0, on every rank; all ranks must call.
+
+    Raises:
+        DataError: what went wrong on rank 0, with the name of its host.
+    """
+    answer: list[Any] = []
+    raise_together((lambda: answer.append(act())) if rank() == 0 else None)
+    answer = answer or [None]
+    if world_size() > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
 
 
 def slice_of_rank(total: int, *, rank: int, world_size: int) -> slice:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmfuse import __version__
+from mmfuse.version import VERSION
 
 _STYLE = Path(__file__).with_name("pages.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
@@ -49,7 +49,7 @@ def render_page(parts: Iterable[str], *, title: str, style: str = "") -> str:
         parts: HTML of its sections; empty ones are passed over.
         style: CSS that only this kind of page needs.
     """
-    footer = f"<footer>written by mmfuse {__version__}</footer>"
+    footer = f"<footer>written by mmfuse {VERSION}</footer>"
     css = _STYLE.read_text(encoding="utf-8") + style
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -1,7 +1,8 @@
 """A recipe: the YAML that describes one dataset, so that a run can name it."""
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -162,6 +163,37 @@ def place_shards(urls: Iterable[str], *, index_folder: Path | None) -> list[Shar
             f"{shards[0].shown}: is remote; name a folder for its index with --index-dir, or give a recipe"
         )
     return shards
+
+
+class ChosenSplit(NamedTuple):
+    """What a command works on."""
+
+    recipe: Recipe
+    split: str
+    place: Path
+    """The recipe's file, or the first of the paths where there is none."""
+
+
+def choose_split(paths: Sequence[str], *, split: str | None, index_folder: Path | None) -> ChosenSplit:
+    """The split that a user names.
+
+    Args:
+        paths: one recipe; or tars, folders, patterns and URLs, which then are the split `all` of a recipe made here.
+    Raises:
+        ConfigError: recipes among other paths, a split that is not there or not named, or no place for an index.
+    """
+    if recipes := [path for path in paths if path.endswith((".yaml", ".yml"))]:
+        if len(paths) > 1 or index_folder:
+            raise ConfigError(f"{recipes[0]}: a recipe goes alone, and names the folder of its indexes itself")
+        recipe, place = load_recipe(recipes[0])
+    else:
+        place_shards(find_shards(tuple(paths)), index_folder=index_folder)  # refuses what has no place for its index
+        shards = tuple(path if is_remote(path) else os.path.abspath(path) for path in paths)
+        index = os.path.abspath(index_folder) if index_folder else None
+        recipe, place = Recipe(name="shards", index=index, splits={"all": Split(shards=shards)}), Path(paths[0])
+    if split is None and len(recipe.splits) > 1:
+        raise ConfigError(f"{place}: has several splits; name one with --split: {', '.join(recipe.splits)}")
+    return ChosenSplit(recipe, split or next(iter(recipe.splits)), place)
 
 
 def _place_shard(parts: tuple[str, ...], folder: Path | None, *, default: Path) -> Shard:

@@ -15,13 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 
-from mmfuse import __version__
 from mmfuse.config import flatten, load_yaml
 from mmfuse.data.source import Source
 from mmfuse.errors import DataError
 from mmfuse.evaluate.report_page import Report, SetScores, render_report
 from mmfuse.files import write_text
 from mmfuse.pages import COLORS, MUTED, Plot, style_axes, to_svg
+from mmfuse.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _summarize(report: Report) -> dict[str, Any]:
     """`report.json`: numbers for a program, without samples or paths; what is not finite becomes null."""
     summary = {
         "name": report.name,
-        "mmfuse": __version__,
+        "mmfuse": VERSION,
         "date": report.date,
         "steps": report.steps,
         "samples_seen": report.samples_seen,

@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -16,6 +17,7 @@ from transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogra
 from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
+from mmfuse.modalities.media.given import sound_to_bytes
 from mmfuse.modalities.media.sounds import FRAME_LENGTH_MS, FRAME_SHIFT_MS, log_mel, resample
 from mmfuse.types import EncoderOutput, Features
 
@@ -127,6 +129,10 @@ class AudioProcessor:
         if generator is not None:
             _mask_bands(fbank, config.augment, generator)
         return {"fbank": fbank}
+
+    def to_bytes(self, value: Any) -> bytes:
+        """Of a path, or `(waveform, sample rate)`, floats `(n,)`, NumPy `(n, channels)` or torch `(channels, n)`."""
+        return sound_to_bytes(value)
 
     def collate(self, features: list[Features]) -> Features:
         """`fbank (n, frames, mel)` padded with zeros to the longest, `frames` int64 `(n,)` real ones."""

@@ -12,7 +12,7 @@ Shape legend: n rows, L tokens, D width.
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ class Processor(Protocol):
                 transform of evaluation.
         Raises:
             SampleError: the bytes are not what their extension says, or exceed a limit.
+        """
+        ...
+
+    def to_bytes(self, value: Any) -> bytes:
+        """What a user holds in memory, such as a text, a picture or a waveform, as the bytes of a member.
+
+        Raises:
+            SampleError: a type or shape that this modality does not read.
         """
         ...
 

@@ -12,6 +12,7 @@ from torchvision.transforms import v2 as transforms
 
 from mmfuse.config import Settings
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor
+from mmfuse.modalities.media.given import picture_to_bytes
 from mmfuse.modalities.media.pictures import DrawsFrom, crop_at_random, jitter_colors, load_upright, open_picture
 from mmfuse.types import EncoderOutput, Features
 
@@ -88,6 +89,10 @@ class ImageProcessor:
             return {"pixels": self._augmented(picture, torch.Generator().manual_seed(seed))}
         picture = self.eval_transform(load_upright(picture))
         return {"pixels": transforms.functional.pil_to_tensor(picture)}
+
+    def to_bytes(self, value: Any) -> bytes:
+        """Of a path, a PIL picture, or uint8 of NumPy `(H, W, 3)` or `(H, W)`, of torch `(3, H, W)` or `(1, H, W)`."""
+        return picture_to_bytes(value)
 
     def collate(self, features: list[Features]) -> Features:
         """`pixels` uint8 `(n, 3, H, W)`."""

@@ -88,6 +88,12 @@ class TextProcessor:
             ids = ids[_draw_kept(special, self.drop_probability, dropping)]
         return {"input_ids": ids}
 
+    def to_bytes(self, value: Any) -> bytes:
+        """Of a `str`."""
+        if not isinstance(value, str):
+            raise SampleError(f"expected a str, got {type(value).__name__}")
+        return value.encode("utf-8", "replace")
+
     def _decode(self, data: bytes) -> str:
         data = data.lstrip()
         whole = len(data) <= self.max_bytes

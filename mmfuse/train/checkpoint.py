@@ -19,6 +19,8 @@ from mmfuse.train.engines.base import PortableState
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""The folder of them within a run's."""
 MANIFEST, STATE, RUN = "manifest.json", "state.json", "run.yaml"
 _PREFIX, _TEMPORARY = "step_", ".tmp"
 
@@ -61,6 +63,12 @@ def complete_checkpoints(root: Path) -> list[Path]:
         except CheckpointError as error:
             logger.warning("not used: %s", error)
     return complete
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user names: `path` itself, or the newest complete one where it is a run's folder."""
+    complete = complete_checkpoints(path / CHECKPOINTS) if (path / CHECKPOINTS).is_dir() else []
+    return complete[-1] if complete else path
 
 
 def verify_checkpoint(folder: Path, *, contents: bool = False) -> None:

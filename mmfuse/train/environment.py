@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from mmfuse import __version__
 from mmfuse.config import dump_yaml
 from mmfuse.distributed import rank, world_size
 from mmfuse.errors import ConfigError
 from mmfuse.files import write_text
 from mmfuse.train.run import RunConfig
+from mmfuse.version import VERSION
 
 _LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "timm", "torchaudio", "numpy")
 
@@ -21,7 +21,7 @@ def describe_environment(strategy: str) -> dict[str, str]:
     """Versions, hardware and launch, as text by name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "mmfuse": __version__,
+        "mmfuse": VERSION,
         "python": platform.python_version(),
         **{library: version(library) for library in _LIBRARIES},
         "platform": platform.platform(),
@@ -30,6 +30,22 @@ def describe_environment(strategy: str) -> dict[str, str]:
         "world_size": str(world_size()),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; without one the GPU, where there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if cuda else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device {name}: no such device; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not cuda:
+        raise ConfigError(f"device {name}: torch sees no CUDA device here")
+    return device
 
 
 def write_environment(folder: Path, run: RunConfig, *, strategy: str) -> None:

@@ -15,6 +15,7 @@ from mmfuse.data.plan import DataPlan
 from mmfuse.distributed import barrier
 from mmfuse.errors import CheckpointError
 from mmfuse.train.checkpoint import (
+    CHECKPOINTS,
     RUN,
     complete_checkpoints,
     load_portable_state,
@@ -69,7 +70,7 @@ def save(run: RunConfig, engine: Engine, plan: DataPlan, *, step: int) -> None:
             "environment": describe_environment(engine.name),
         }
         save_checkpoint(
-            run.folder / "checkpoints",
+            run.folder / CHECKPOINTS,
             step=step,
             state=state,
             facts=facts,
@@ -83,7 +84,7 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, identity: dict[str, Any])
     """The newest complete checkpoint of this run; rank 0 looks, so that all ranks see the same."""
     found: list[Path | None] = [None]
     if engine.rank == 0:
-        candidates = reversed(complete_checkpoints(run.folder / "checkpoints"))
+        candidates = reversed(complete_checkpoints(run.folder / CHECKPOINTS))
         found = [next((folder for folder in candidates if _is_undamaged(folder)), None)]
     if engine.world_size > 1:
         dist.broadcast_object_list(found, src=0)

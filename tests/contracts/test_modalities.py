@@ -1,16 +1,21 @@
 """Every file in `mmfuse/modalities` keeps the contract of `base.py`."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import picture_bytes, sound_bytes
+from PIL import Image
 
 from mmfuse.config import find_plugin, plugin_names
+from mmfuse.errors import SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig
 
 NAMES = plugin_names("mmfuse.modalities")
 MEMBERS = {"text": [b"a red apple", b"sun"], "image": [picture_bytes(1), picture_bytes(2)]}
 MEMBERS["audio"] = [sound_bytes(1, seconds=0.5), sound_bytes(2, seconds=1.0)]
 """Two members by modality; a new modality adds its own here, with its tests."""
+VALUES = {"text": "sun", "image": Image.new("L", (9, 9)), "audio": (np.zeros(400, np.float32), 16_000)}
+"""What a user may hold in memory."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,6 +29,10 @@ def test_members_become_rows_and_rows_become_tokens(name):
         [processor(data, seed=seed) for data, seed in zip(MEMBERS[name], (None, 1), strict=True)]
     )
     assert {len(tensor) for tensor in inputs.values()} == {2}
+
+    assert processor.to_bytes(VALUES[name])
+    with pytest.raises(SampleError):
+        processor.to_bytes(object())
 
     encoder = config.build_encoder()
     assert isinstance(encoder, Encoder)

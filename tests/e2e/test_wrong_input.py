@@ -293,4 +293,4 @@ def test_evaluating_what_is_no_checkpoint_or_a_damaged_one_is_refused(
 
 
 def test_an_unknown_device_is_refused(mmfuse: Command, tmp_path: Path) -> None:
-    mmfuse("eval", tmp_path, "--device", "gpu", fails=SETTINGS, says=("--device gpu", "use cpu, cuda or cuda:N"))
+    mmfuse("eval", tmp_path, "--device", "gpu", fails=SETTINGS, says=("device gpu", "use cpu, cuda or cuda:N"))

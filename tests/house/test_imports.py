@@ -8,13 +8,14 @@ import pytest
 from helpers import REPOSITORY
 
 FLOORS = (
-    {"types", "config", "errors", "log", "distributed", "hashing", "randomness", "files", "pages"},
+    {"types", "config", "errors", "log", "distributed", "hashing", "randomness", "files", "pages", "version"},
     {"modalities"},
     {"data"},
     {"model", "objectives", "shards"},
     {"task"},
     {"evaluate"},
     {"train"},
+    {"embed"},
     {"cli_build"},
     {"cli_shards"},
     {"cli"},

@@ -4,12 +4,14 @@ import os
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType
 
 from mmfuse.errors import LaunchError
 from mmfuse.train.engines.base import Engine, Precision
 from mmfuse.train.engines.ddp import DdpEngine
+
+_TIMEOUT = timedelta(minutes=30)
 
 
 def start_engine(*, precision: Precision, accumulation: int) -> Engine:
@@ -21,7 +23,7 @@ def start_engine(*, precision: Precision, accumulation: int) -> Engine:
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=_backend(), timeout=timedelta(minutes=30))],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=_backend(), timeout=_TIMEOUT)],
     )
     _check_launch(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -31,6 +33,18 @@ def start_engine(*, precision: Precision, accumulation: int) -> Engine:
     return DdpEngine(accelerator)
 
 
+def join_ranks() -> torch.device:
+    """For work without training: joins the process group that a launcher promised, if any; gives this rank's device.
+
+    Raises:
+        LaunchError: other processes started than were asked for.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available(), backend=_backend(), timeout=_TIMEOUT)
+    _check_number(state.num_processes)
+    assert state.device is not None
+    return state.device
+
+
 def _backend() -> str | None:
     """Accelerate's own choice on GPUs. On CPU gloo by name: without it DeepSpeed sees a world of 1 on every rank."""
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
@@ -38,16 +52,20 @@ def _backend() -> str | None:
 
 
 def _check_launch(accelerator: Accelerator) -> None:
-    """Compares the processes that run with those that the launcher promised."""
-    asked = int(os.environ.get("MMFUSE_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
-    if accelerator.num_processes != asked:
-        raise LaunchError(
-            f"asked for {asked} processes, but Accelerate started {accelerator.num_processes}. On CPU, "
-            "`accelerate launch --cpu` runs one process whatever --num_processes says; start with launch/train.sh, "
-            "or set ACCELERATE_USE_CPU=true and pass --multi_gpu"
-        )
+    """Compares what runs with what the launcher promised."""
+    _check_number(accelerator.num_processes)
     kind = accelerator.distributed_type
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise LaunchError("FSDP is not supported yet; use launch/accelerate/ddp.yaml, zero2.yaml or zero3.yaml")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and kind != DistributedType.DEEPSPEED:
         raise LaunchError(f"asked for DeepSpeed, but Accelerate started {kind.value}")
+
+
+def _check_number(started: int) -> None:
+    asked = int(os.environ.get("MMFUSE_NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
+    if started != asked:
+        raise LaunchError(
+            f"asked for {asked} processes, but Accelerate started {started}. On CPU, `accelerate launch --cpu` runs "
+            "one process whatever --num_processes says; start with launch/train.sh, or set ACCELERATE_USE_CPU=true "
+            "and pass --multi_gpu"
+        )

@@ -1,0 +1,1 @@
+"""What a trained model gives: embeddings of anything that it reads."""
