@@ -1,10 +1,22 @@
-"""Fusion by cross-attention over packed tokens; any subset of modalities in each sample.
+"""Fusion by attention over packed tokens; any subset of modalities in each sample.
+
+The variants differ only in who sees whom:
+
+    cross        within the modality, then the sample's other modalities
+    merged       all tokens of the sample at once, as in ViLT (Kim et al. 2021)
+    bottleneck   within the modality and a few learned tokens of the sample, which see all: what modalities know of each
+                 other goes through these, as in MBT (Nagrani et al. 2021)
+
+`concat.py` is the fourth variant, without attention.
 
 Plain `nn.Linear` and SDPA only: torch's own `nn.MultiheadAttention` takes a fast path in evaluation that silently
 ignores adapters such as LoRA.
 
 Shape legend: N packed tokens, D width, H heads, d head width, B samples, g samples of a group, q/k its queries/keys.
 """
+
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +25,22 @@ from torch import Tensor, nn
 
 from mmfuse.config import Settings
 from mmfuse.modalities.base import masked_mean
-from mmfuse.model.pack import AttentionLayout, Packing, pack, unpack
+from mmfuse.model.pack import AttentionLayout, Packing, View, pack, unpack
 from mmfuse.types import TokenBatch
+
+_BOTTLENECK = "bottleneck"
 
 
 class FusionConfig(Settings):
-    """Packed cross-attention."""
+    """What joins the modalities of a sample."""
 
+    variant: Literal["cross", "merged", "bottleneck", "concat"] = "cross"
+    """`concat` has no attention: an MLP over the modalities' mean tokens, to compare with."""
     num_layers: PositiveInt = 2
     num_heads: PositiveInt = 4
+    """Of attention."""
+    num_bottlenecks: PositiveInt = 4
+    """Learned tokens of a sample with the variant `bottleneck`."""
     mlp_ratio: PositiveInt = 4
     """Width of the hidden layer relative to the fusion width."""
 
@@ -63,19 +82,18 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention within a modality, cross-attention to the sample's other modalities, MLP; each pre-normalised."""
+    """One attention for each view, then an MLP; each pre-normalised and added."""
 
-    def __init__(self, width: int, config: FusionConfig) -> None:
+    def __init__(self, width: int, config: FusionConfig, *, views: Iterable[str]) -> None:
         super().__init__()
-        self.within_norm, self.across_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.within = Attention(width, config.num_heads)
-        self.across = Attention(width, config.num_heads)
-        hidden = config.mlp_ratio * width
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.norms = nn.ModuleDict({view: nn.LayerNorm(width) for view in views})
+        self.mlp_norm = nn.LayerNorm(width)
+        self.attentions = nn.ModuleDict({view: Attention(width, config.num_heads) for view in views})
+        self.mlp = make_mlp(width, config.mlp_ratio * width)
 
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
-        x_ND = x_ND + self.within(self.within_norm(x_ND), packing.within)
-        x_ND = x_ND + self.across(self.across_norm(x_ND), packing.across)
+        for view, attention in self.attentions.items():
+            x_ND = x_ND + attention(self.norms[view](x_ND), packing.layouts[view])
         return x_ND + self.mlp(self.mlp_norm(x_ND))
 
 
@@ -85,8 +103,12 @@ class Fusion(nn.Module):
     def __init__(self, config: FusionConfig, *, modalities: tuple[str, ...], width: int) -> None:
         super().__init__()
         self.modalities = modalities
+        self.views = make_views(config.variant, modalities)
         self.modality_embedding = nn.Parameter(torch.randn(len(modalities), width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, config) for _ in range(config.num_layers))
+        self.bottleneck: nn.Parameter | None = None
+        if config.variant == "bottleneck":
+            self.bottleneck = nn.Parameter(torch.randn(config.num_bottlenecks, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width, config, views=self.views) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, batch: TokenBatch) -> tuple[dict[str, Tensor], Tensor]:
@@ -99,14 +121,52 @@ class Fusion(nn.Module):
             name: batch.tokens[name] + self.modality_embedding[number].to(batch.tokens[name].dtype)
             for number, name in enumerate(self.modalities)
         }
-        x_ND, packing = pack(batch._replace(tokens=marked))
+        asking = batch._replace(tokens=marked)
+        if self.bottleneck is not None:
+            asking = _add_bottleneck(asking, self.bottleneck)
+        x_ND, packing = pack(asking, self.views)
         for block in self.blocks:
             x_ND = block(x_ND, packing)
-        tokens = unpack(self.norm(x_ND), packing)
-        return tokens, _pool(tokens, batch)
+        unpacked = unpack(self.norm(x_ND), packing)
+        tokens = {name: unpacked[name] for name in self.modalities}
+        return tokens, pool_modalities(tokens, batch)
 
 
-def _pool(tokens: dict[str, Tensor], batch: TokenBatch) -> Tensor:
+def make_views(variant: str, modalities: tuple[str, ...]) -> dict[str, View]:
+    """Who sees whom in the attentions of each block, in their order."""
+    match variant:
+        case "cross":
+            others = {name: tuple(other for other in modalities if other != name) for name in modalities}
+            return {"within": {name: (name,) for name in modalities}, "across": others}
+        case "merged":
+            return {"joint": dict.fromkeys(modalities, modalities)}
+        case "bottleneck":
+            through = {name: (name, _BOTTLENECK) for name in modalities}
+            return {"through": {**through, _BOTTLENECK: (*modalities, _BOTTLENECK)}}
+        case _:
+            raise AssertionError(variant)
+
+
+def make_mlp(width: int, hidden: int) -> nn.Sequential:
+    """Two layers around a GELU."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def _add_bottleneck(batch: TokenBatch, bottleneck_KD: Tensor) -> TokenBatch:
+    """The learned tokens as one more modality that every sample has."""
+    rows = torch.arange(batch.num_rows, device=bottleneck_KD.device)
+    dtype = next(iter(batch.tokens.values())).dtype
+    tokens = bottleneck_KD.to(dtype).expand(batch.num_rows, -1, -1)
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=rows.device)
+    return TokenBatch(
+        {**batch.tokens, _BOTTLENECK: tokens},
+        {**batch.masks, _BOTTLENECK: mask},
+        {**batch.rows, _BOTTLENECK: rows},
+        batch.num_rows,
+    )
+
+
+def pool_modalities(tokens: dict[str, Tensor], batch: TokenBatch) -> Tensor:
     """Mean over a sample's modalities of their mean token, `(B, D)`."""
     first = next(iter(tokens.values()))
     total = first.new_zeros(batch.num_rows, first.shape[-1])

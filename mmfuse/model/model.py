@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmfuse.config import PluginSettings, Settings, plugin_settings
 from mmfuse.modalities.base import Encoder, ModalityConfig
+from mmfuse.model.concat import ConcatFusion
 from mmfuse.model.fusion import Fusion, FusionConfig
 from mmfuse.types import Batch, Encoded, Features, FusionOutput, ModalityBatch, TokenBatch
 
@@ -69,9 +70,10 @@ class FusionModel(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(widths[name], config.embedding_dim, bias=False) for name in self.modalities}
         )
-        self.fusion: Fusion | None = None
+        self.fusion: Fusion | ConcatFusion | None = None
         if config.fusion:
-            self.fusion = Fusion(config.fusion, modalities=self.modalities, width=config.width)
+            joins = ConcatFusion if config.fusion.variant == "concat" else Fusion
+            self.fusion = joins(config.fusion, modalities=self.modalities, width=config.width)
             self.fused_head = nn.Linear(config.width, config.embedding_dim, bias=False)
 
     def encode(self, batch: Batch) -> Encoded:

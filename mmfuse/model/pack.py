@@ -8,6 +8,7 @@ on the batch, which ZeRO-3 and FSDP need.
 Shape legend: N packed tokens, n entries of a modality, L tokens of an entry, g samples of a group.
 """
 
+from collections.abc import Mapping
 from itertools import combinations
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from mmfuse.types import TokenBatch
+
+View = Mapping[str, tuple[str, ...]]
+"""By modality whose tokens ask: the modalities of the same sample whose tokens they see."""
 
 
 class AttentionGroup(NamedTuple):
@@ -42,14 +46,12 @@ class Packing(NamedTuple):
     spans: dict[str, slice]
     """Each modality's part of the stream."""
     masks: dict[str, Tensor]
-    within: AttentionLayout
-    """Each token attends to its own sample's tokens of its own modality."""
-    across: AttentionLayout
-    """Each token attends to its own sample's tokens of the other modalities."""
+    layouts: dict[str, AttentionLayout]
+    """By the name of the view."""
 
 
-def pack(batch: TokenBatch) -> tuple[Tensor, Packing]:
-    """The stream `(N, D)`, modality after modality, and its packing."""
+def pack(batch: TokenBatch, views: Mapping[str, View]) -> tuple[Tensor, Packing]:
+    """The stream `(N, D)`, modality after modality, and its packing for these views."""
     x_ND = torch.cat([batch.tokens[name][batch.masks[name]] for name in batch.tokens])
     # Layouts are built on the CPU: their sizes decide what is launched next.
     masks = {name: mask.cpu() for name, mask in batch.masks.items()}
@@ -59,11 +61,10 @@ def pack(batch: TokenBatch) -> tuple[Tensor, Packing]:
         places[name] = torch.zeros(mask.shape, dtype=torch.int64)
         places[name][mask] = torch.arange(filled, spans[name].stop)
         filled = spans[name].stop
-    rows = {name: rows.cpu() for name, rows in batch.rows.items()}
-    within = [AttentionGroup(places[name], masks[name], places[name], masks[name]) for name in places]
-    across = _groups_across(places, masks, rows, batch.num_rows)
-    device = x_ND.device
-    return x_ND, Packing(spans, batch.masks, _layout(within, filled, device), _layout(across, filled, device))
+    entries = {name: _entry_of_row(rows.cpu(), batch.num_rows) for name, rows in batch.rows.items()}
+    groups = {name: _groups(view, places, masks, entries) for name, view in views.items()}
+    layouts = {name: _layout(found, filled, x_ND.device) for name, found in groups.items()}
+    return x_ND, Packing(spans, batch.masks, layouts)
 
 
 def unpack(x_ND: Tensor, packing: Packing) -> dict[str, Tensor]:
@@ -75,33 +76,34 @@ def unpack(x_ND: Tensor, packing: Packing) -> dict[str, Tensor]:
     return unpacked
 
 
-def _groups_across(
-    places: dict[str, Tensor], masks: dict[str, Tensor], rows: dict[str, Tensor], num_rows: int
+def _entry_of_row(rows: Tensor, num_rows: int) -> Tensor:
+    """int64 `(B,)`: which entry of a modality is a sample's, -1 where it has none."""
+    return torch.full((num_rows,), -1).index_put_((rows,), torch.arange(len(rows)))
+
+
+def _groups(
+    view: View, places: dict[str, Tensor], masks: dict[str, Tensor], entries: dict[str, Tensor]
 ) -> list[AttentionGroup]:
-    """One group for each query modality and each set of other modalities that occurs with it."""
-    entry = {
-        name: torch.full((num_rows,), -1).index_put_((rows[name],), torch.arange(len(rows[name]))) for name in rows
-    }
+    """One group for each modality that asks and each set of seen modalities that occurs with it."""
     groups = []
-    for name in places:
-        others = [other for other in places if other != name]
-        for size in range(len(others) + 1):
-            for keys in combinations(others, size):
-                chosen = entry[name] >= 0
-                for other in others:
-                    chosen = chosen & ((entry[other] >= 0) == (other in keys))
-                if not chosen.any():
-                    continue
-                mine = entry[name][chosen]
-                empty = torch.zeros(len(mine), 0, dtype=torch.int64)
-                groups.append(
-                    AttentionGroup(
-                        places[name][mine],
-                        masks[name][mine],
-                        torch.cat([empty, *(places[other][entry[other][chosen]] for other in keys)], dim=1),
-                        torch.cat([empty.bool(), *(masks[other][entry[other][chosen]] for other in keys)], dim=1),
-                    )
+    for name, seen in view.items():
+        for keys in (keys for size in range(len(seen) + 1) for keys in combinations(seen, size)):
+            chosen = entries[name] >= 0
+            for other in seen:
+                chosen = chosen & ((entries[other] >= 0) == (other in keys))
+            if not chosen.any():
+                continue
+            mine = entries[name][chosen]
+            theirs = [(places[other], masks[other], entries[other][chosen]) for other in keys]
+            empty = torch.zeros(len(mine), 0, dtype=torch.int64)
+            groups.append(
+                AttentionGroup(
+                    places[name][mine],
+                    masks[name][mine],
+                    torch.cat([empty, *(place[entry] for place, _, entry in theirs)], dim=1),
+                    torch.cat([empty.bool(), *(mask[entry] for _, mask, entry in theirs)], dim=1),
                 )
+            )
     return groups
 
 
