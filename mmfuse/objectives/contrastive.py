@@ -28,6 +28,9 @@ class Config(ObjectiveConfig):
     """Weight by pair, such as `{text-image: 1, text-audio: 0.5}`; null: every pair, equally. The loss is their mean."""
     loss: Literal["info_nce", "sigmoid"] = "info_nce"
     """`sigmoid` needs no softmax over the global batch and prefers batches below 32k (SigLIP)."""
+    positives: Literal["own", "group"] = "own"
+    """`group`: what other samples of the group (`group_pattern` of a recipe) say or show is right too, also where a
+    sample has one modality alone. `own`: their pairs are left out, neither right nor wrong."""
     candidates: CandidateConfig = CandidateConfig()
 
     def build(self, model: ModelConfig, *, seed: int) -> "Contrastive":
@@ -54,7 +57,8 @@ class Contrastive(Objective):
         super().__init__()
         total, count = sum(weights.values()), len(weights)
         self.weights = {pair: weight / total for pair, weight in weights.items()}
-        self.candidates, is_sigmoid = config.candidates, config.loss == "sigmoid"
+        self.candidates, self.by_group = config.candidates, config.positives == "group"
+        is_sigmoid = config.loss == "sigmoid"
         # Not 0-dimensional: DeepSpeed refuses such parameters.
         start = INITIAL_SIGMOID_SCALE if is_sigmoid else INITIAL_LOGIT_SCALE
         self.logit_scale = nn.Parameter(torch.full((count,), start))
@@ -66,7 +70,10 @@ class Contrastive(Objective):
         sides = {name: Side(embedding, columns[name]) for name, embedding in inputs.encoded.embeddings.items()}
         scales = exp_clamped(self.logit_scale)
         biases = [None] * len(scales) if self.logit_bias is None else at_least_fp32(self.logit_bias)
-        pairs = [Pair(*names, scale, bias) for names, scale, bias in zip(self.weights, scales, biases, strict=True)]
+        pairs = [
+            Pair(*names, scale, bias, self.by_group)
+            for names, scale, bias in zip(self.weights, scales, biases, strict=True)
+        ]
         return {
             f"{pair.first}-{pair.second}": Term(weight * term.loss, term.rows, weight * term.row_losses)
             for pair, weight, term in zip(

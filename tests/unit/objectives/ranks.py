@@ -51,10 +51,17 @@ CANDIDATES = {
     "ring of blocks": {"candidates": {"exchange": "ring", "block_rows": 2}},
 }
 """Ways to meet the global batch, which are all equal to the default."""
+LOSSES: dict[str, dict[str, Any]] = {
+    "info_nce": {},
+    "sigmoid": {"loss": "sigmoid"},
+    "group info_nce": {"positives": "group"},
+    "group sigmoid": {"loss": "sigmoid", "positives": "group"},
+}
 WAYS = {
-    f"{loss} {way}": {"loss": loss, **candidates}
-    for loss in ("info_nce", "sigmoid")
+    f"{loss} {way}": {**settings, **candidates}
+    for loss, settings in LOSSES.items()
     for way, candidates in {"at once": {}, **CANDIDATES}.items()
+    if "positives" not in settings or way in ("at once", "ring of blocks")
 }
 
 

@@ -1,10 +1,12 @@
 """Pair contrastive in one process: who is a query, who is a candidate, and the learned scale."""
 
+from typing import Any
+
 import pytest
 import torch
 from batches import make_batch, make_samples, tiny_model
 from torch import Tensor
-from unit.objectives.by_hand import info_nce_by_hand
+from unit.objectives.by_hand import group_info_nce_by_hand, group_sigmoid_by_hand, info_nce_by_hand
 from unit.objectives.ranks import contrastive_inputs
 
 from mmfuse.errors import ConfigError
@@ -28,9 +30,12 @@ def embed(presence: str, *, seed: int = 0) -> dict[str, Tensor]:
     return embeddings
 
 
-def contrast(embeddings: dict[str, Tensor], presence: str, groups: list[int] | None = None) -> dict[str, Tensor]:
+def contrast(
+    embeddings: dict[str, Tensor], presence: str, groups: list[int] | None = None, **settings: Any
+) -> dict[str, Tensor]:
     batch = make_batch(make_samples(presence, groups=groups))
-    return losses_of(Config().build(tiny_model(), seed=0).double()(contrastive_inputs(embeddings, batch)))
+    objective = Config(**settings).build(tiny_model(), seed=0).double()
+    return losses_of(objective(contrastive_inputs(embeddings, batch)))
 
 
 def losses_of(terms: dict[str, Term]) -> dict[str, Tensor]:
@@ -47,6 +52,29 @@ def test_loss_is_the_definition_with_extra_negatives_and_groups(groups: list[int
         present = [(a[0] in row, b[0] in row) for row in MIXED.split()]
         expected = info_nce_by_hand(embeddings[a], embeddings[b], present, groups) / 3
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)  # the scale starts as an fp32 number
+
+
+@pytest.mark.parametrize(
+    ("loss", "by_hand"), [("info_nce", group_info_nce_by_hand), ("sigmoid", group_sigmoid_by_hand)]
+)
+@pytest.mark.parametrize("groups", [list(range(10)), [0, 1, 2, 0, 4, 1, 0, 7, 8, 7]])
+def test_with_positives_of_the_group_loss_is_the_definition(groups: list[int], loss: str, by_hand) -> None:
+    embeddings = {name: x.detach() for name, x in embed(MIXED).items()}
+    for pair, value in contrast(embeddings, MIXED, groups, loss=loss, positives="group").items():
+        a, b = pair.split("-")
+        present = [(a[0] in row, b[0] in row) for row in MIXED.split()]
+        expected = by_hand(embeddings[a], embeddings[b], present, groups) / 3
+        assert float(value.detach()) == pytest.approx(expected, rel=1e-6)  # the scale starts as an fp32 number
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "sigmoid"])
+def test_a_text_and_a_picture_of_one_group_belong_together_though_no_sample_has_both(loss: str) -> None:
+    embeddings = embed("t i i")
+    value = contrast(embeddings, "t i i", [0, 0, 1], loss=loss, positives="group")["text-image"]
+    (gradient,) = torch.autograd.grad(value, embeddings["image"])
+    towards = embeddings["text"][0].detach()
+    assert value > 0 and gradient[1] @ towards < 0 < gradient[2] @ towards
+    assert contrast(embeddings, "t i i", [0, 0, 1], loss=loss)["text-image"] == 0
 
 
 def test_a_picture_without_caption_is_a_negative_and_one_of_the_same_group_is_none() -> None:
