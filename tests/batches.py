@@ -16,7 +16,15 @@ from mmfuse.task import Task
 from mmfuse.types import Batch, Features, Sample
 
 LETTERS = {"t": "text", "i": "image", "a": "audio"}
-ALL_OBJECTIVES = ("contrastive", "matching", "masked_language", "leave_one_out")
+ALL_OBJECTIVES = (
+    "contrastive",
+    "matching",
+    "masked_language",
+    "leave_one_out",
+    "feature_prediction",
+    "masked_image",
+    "masked_audio",
+)
 CLS, SEP, FIRST_WORD = 2, 3, 5
 """Ids of the tiny vocabulary."""
 

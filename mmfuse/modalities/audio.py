@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Generator, Tensor, nn
 from transformers import ASTConfig, ASTModel
-from transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer import ASTEmbeddings
 
 from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
-from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
+from mmfuse.modalities.base import ModalityConfig, PatchEncoder, Processor, masked_mean
 from mmfuse.modalities.media.given import sound_to_bytes
 from mmfuse.modalities.media.sounds import FRAME_LENGTH_MS, FRAME_SHIFT_MS, log_mel, resample
+from mmfuse.modalities.media.spectrograms import VariableLengthEmbeddings
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus")
@@ -105,6 +105,10 @@ class Config(ModalityConfig):
     def build_encoder(self) -> "AudioEncoder":
         return AudioEncoder(self)
 
+    def count_patch_values(self) -> int:
+        stride = ASTConfig.from_pretrained(self.pretrained).time_stride if self.pretrained else self.time_stride
+        return stride * self.num_mel_bins
+
 
 class AudioProcessor:
     """Encoded sound -> `fbank (frames, mel)`, normalised as ASTFeatureExtractor does."""
@@ -168,7 +172,7 @@ class AudioProcessor:
         return resample(resample(mono, rate, new_rate), _SPEED_STEPS + faster, _SPEED_STEPS)
 
 
-class AudioEncoder(Encoder):
+class AudioEncoder(PatchEncoder):
     """`fbank (n, frames, mel)`, `frames (n,)` -> AST's patch tokens, averaged over frequency."""
 
     def __init__(self, config: Config) -> None:
@@ -181,14 +185,12 @@ class AudioEncoder(Encoder):
         patches = self.ast.embeddings.patch_embeddings.projection
         self.patch_size, self.time_stride = patches.kernel_size[1], patches.stride[1]
         self.frequency_patches, self.time_patches = self.ast.embeddings.get_shape(ast)
-        self.ast.embeddings = _PatchEmbeddings(self.ast.embeddings)  # type: ignore[assignment]  # takes its place
+        self.ast.embeddings = VariableLengthEmbeddings(self.ast.embeddings)  # type: ignore[assignment]  # takes its place
 
     def forward(self, inputs: Features) -> EncoderOutput:
-        fbank, frames = inputs["fbank"], inputs["frames"]
-        # A patch is real where its first frame is. AST masks patches, not frames; its two class tokens are always real.
-        time_patches = min(math.ceil(fbank.shape[1] / self.time_stride), self.time_patches)
-        starts = torch.arange(time_patches, device=frames.device) * self.time_stride
-        mask = starts < frames[:, None]
+        fbank = inputs["fbank"]
+        # AST masks patches, not frames; its two class tokens are always real.
+        time_patches, mask = self._real_patches(inputs)
         attention_mask = torch.cat([mask.new_ones(len(mask), 2), mask.repeat(1, self.frequency_patches)], dim=1)
         missing = (time_patches - 1) * self.time_stride + self.patch_size - fbank.shape[1]
         fbank = F.pad(fbank, (0, 0, 0, missing)).to(next(self.ast.parameters()).dtype)
@@ -198,28 +200,35 @@ class AudioEncoder(Encoder):
         pooled = output.pooler_output if self.pooling == "cls" else masked_mean(tokens, mask)
         return EncoderOutput(tokens, mask, pooled)
 
+    def patches(self, inputs: Features) -> tuple[Tensor, Tensor]:
+        """Strips of as many frames as lie between the beginnings of two tokens, in all mel bins; one for each token."""
+        time_patches, mask = self._real_patches(inputs)
+        return self._strips(inputs["fbank"], time_patches).flatten(2).float(), mask
+
+    def hide(self, inputs: Features, hidden: Tensor) -> Features:
+        fbank = inputs["fbank"]
+        strips = self._strips(fbank, hidden.shape[1]).masked_fill(hidden[:, :, None, None], 0.0)  # 0 is the mean
+        rest = fbank[:, hidden.shape[1] * self.time_stride :]  # of the last patch, beyond the last token's own strip
+        return {**inputs, "fbank": torch.cat([strips.flatten(1, 2)[:, : fbank.shape[1]], rest], dim=1)}
+
+    def patch_tokens(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def _real_patches(self, inputs: Features) -> tuple[int, Tensor]:
+        """How many tokens there are in time, and bool `(n, tokens)` which are real: where the first frame is."""
+        fbank, frames = inputs["fbank"], inputs["frames"]
+        time_patches = min(math.ceil(fbank.shape[1] / self.time_stride), self.time_patches)
+        starts = torch.arange(time_patches, device=frames.device) * self.time_stride
+        return time_patches, starts < frames[:, None]
+
+    def _strips(self, fbank: Tensor, count: int) -> Tensor:
+        """`(n, count, stride, mel)` of the first frames, padded with zeros."""
+        length = count * self.time_stride
+        return F.pad(fbank[:, :length], (0, 0, 0, max(0, length - fbank.shape[1]))).unflatten(1, (count, -1))
+
     def minimal_inputs(self, device: torch.device) -> Features:
         fbank = torch.zeros(1, 1, self.num_mel_bins, device=device)
         return {"fbank": fbank, "frames": torch.ones(1, dtype=torch.int64, device=device)}
-
-
-class _PatchEmbeddings(nn.Module):
-    """The ASTEmbeddings it is made of, for any number of frames: takes the positions of the patches that are there."""
-
-    def __init__(self, full: ASTEmbeddings) -> None:
-        super().__init__()
-        self.cls_token, self.distillation_token = full.cls_token, full.distillation_token
-        self.position_embeddings = full.position_embeddings
-        self.patch_embeddings, self.dropout = full.patch_embeddings, full.dropout
-        self.grid = full.get_shape(full.config)
-
-    def forward(self, input_values: Tensor) -> Tensor:
-        patches = self.patch_embeddings(input_values)
-        time_patches = patches.shape[1] // self.grid[0]
-        special, grid = self.position_embeddings.split([2, math.prod(self.grid)], dim=1)
-        positions = grid.unflatten(1, self.grid)[:, :, :time_patches].flatten(1, 2)
-        marks = torch.cat([self.cls_token, self.distillation_token], dim=1) + special
-        return self.dropout(torch.cat([marks.expand(len(patches), -1, -1), patches + positions], dim=1))
 
 
 def _build_ast(config: Config) -> ASTModel:

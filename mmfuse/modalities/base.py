@@ -62,6 +62,25 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
 
+class PatchEncoder(Encoder):
+    """An encoder whose inputs fall into patches, each of which has its own token: `masked_image` hides some.
+
+    Shape legend: P patches, v values of a patch.
+    """
+
+    def patches(self, inputs: Features) -> tuple[Tensor, Tensor]:
+        """`(n, P, v)` in fp32 as the encoder sees them, and bool `(n, P)`, False for padding."""
+        raise NotImplementedError
+
+    def hide(self, inputs: Features, hidden: Tensor) -> Features:
+        """Inputs in which the patches of bool `(n, P)` hold the mean, and nothing else of them is left."""
+        raise NotImplementedError
+
+    def patch_tokens(self, tokens: Tensor) -> Tensor:
+        """Of all tokens, `(n, L, D)`, those of the patches: `(n, P, D)`."""
+        raise NotImplementedError
+
+
 class ModalityConfig(Settings, ABC):
     """Settings of a modality."""
 
@@ -75,6 +94,10 @@ class ModalityConfig(Settings, ABC):
     @abstractmethod
     def build_encoder(self) -> Encoder:
         """The encoder with fresh or, where the settings say so, pretrained weights."""
+
+    def count_patch_values(self) -> int | None:
+        """How many values a patch of its `PatchEncoder` has; None where it is none."""
+        return None
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:

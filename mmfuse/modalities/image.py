@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, PositiveInt, model_validator
 from torch import Generator, Tensor, nn
@@ -11,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
 from mmfuse.config import Settings
-from mmfuse.modalities.base import Encoder, ModalityConfig, Processor
+from mmfuse.modalities.base import ModalityConfig, PatchEncoder, Processor
 from mmfuse.modalities.media.given import picture_to_bytes
 from mmfuse.modalities.media.pictures import DrawsFrom, crop_at_random, jitter_colors, load_upright, open_picture
 from mmfuse.types import EncoderOutput, Features
@@ -70,6 +71,12 @@ class Config(ModalityConfig):
 
     def build_encoder(self) -> "ImageEncoder":
         return ImageEncoder(self)
+
+    def count_patch_values(self) -> int | None:
+        with torch.device("meta"):  # timm tells a patch's size by building the model alone
+            embed = getattr(timm.create_model(self.architecture), "patch_embed", None)
+        size = getattr(embed, "patch_size", None)
+        return 3 * size[0] * size[1] if size else None
 
 
 class ImageProcessor:
@@ -131,7 +138,7 @@ def _policies(augment: AugmentConfig) -> transforms.Compose | None:
     return transforms.Compose(steps) if len(steps) > 1 else None
 
 
-class ImageEncoder(Encoder):
+class ImageEncoder(PatchEncoder):
     """`pixels` uint8 `(n, 3, H, W)` -> all tokens of a timm ViT, class token first."""
 
     mean: Tensor
@@ -165,11 +172,34 @@ class ImageEncoder(Encoder):
             self.register_buffer(name, statistics, persistent=False)
 
     def forward(self, inputs: Features) -> EncoderOutput:
-        pixels = (inputs["pixels"].float() - self.mean.float()) / self.std.float()
+        pixels = self._normalise(inputs["pixels"])
         tokens = self.vit(pixels.to(next(self.vit.parameters()).dtype))
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, self.num_prefix_tokens :].mean(1)
         return EncoderOutput(tokens, mask, pooled)
+
+    def patches(self, inputs: Features) -> tuple[Tensor, Tensor]:
+        """Row by row of the picture; the values of a patch are its pixels, channel after channel."""
+        height, width = self._patch_size
+        patches = F.unfold(self._normalise(inputs["pixels"]), (height, width), stride=(height, width)).transpose(1, 2)
+        return patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+
+    def hide(self, inputs: Features, hidden: Tensor) -> Features:
+        pixels, (height, width) = inputs["pixels"].float(), self._patch_size
+        grid = hidden.unflatten(1, (pixels.shape[2] // height, pixels.shape[3] // width))
+        over = grid.repeat_interleave(height, 1).repeat_interleave(width, 2)[:, None]
+        return {**inputs, "pixels": torch.where(over, self.mean.float(), pixels)}
+
+    def patch_tokens(self, tokens: Tensor) -> Tensor:
+        return tokens[:, self.num_prefix_tokens :]
+
+    @property
+    def _patch_size(self) -> tuple[int, int]:
+        embed: Any = self.vit.patch_embed
+        return embed.patch_size
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() - self.mean.float()) / self.std.float()
 
     def minimal_inputs(self, device: torch.device) -> Features:
         return {"pixels": torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device)}

@@ -8,6 +8,7 @@ A term that finds nothing to do on this rank is an exact 0 that is still connect
 """
 
 from abc import ABC, abstractmethod
+from itertools import combinations
 from typing import ClassVar, NamedTuple
 
 from pydantic import NonNegativeFloat
@@ -29,6 +30,11 @@ class StepInputs(NamedTuple):
     """The batch as it came; null where no objective reads it."""
 
 
+def every_pair(modalities: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+    """All sets of two modalities."""
+    return tuple(map(frozenset, combinations(modalities, 2)))
+
+
 class Term(NamedTuple):
     """One part of the loss."""
 
@@ -48,6 +54,14 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
+class Need(NamedTuple):
+    """Samples without which a setting does nothing."""
+
+    setting: str
+    any_of: tuple[frozenset[str], ...]
+    """A sample must hold all modalities of one of these."""
+
+
 class ObjectiveConfig(Settings, ABC):
     """Settings of an objective."""
 
@@ -58,6 +72,10 @@ class ObjectiveConfig(Settings, ABC):
     reads_fused_batch: ClassVar[bool] = False
     """Whether it reads `StepInputs.fused`; without such an objective the batch as it came is not fused in training."""
     trains_fused_embedding: ClassVar[bool] = False
+
+    @abstractmethod
+    def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
+        """What the data must have for the objective `objectives.NAME` of a model of these modalities."""
 
     @abstractmethod
     def build(self, model: ModelConfig, *, seed: int) -> Objective:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
+from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term, every_pair
 from mmfuse.objectives.pairs.candidates import CandidateConfig, Side
 from mmfuse.objectives.pairs.contrast import Pair, contrast
 
@@ -32,6 +32,16 @@ class Config(ObjectiveConfig):
     """`group`: what other samples of the group (`group_pattern` of a recipe) say or show is right too, also where a
     sample has one modality alone. `own`: their pairs are left out, neither right nor wrong."""
     candidates: CandidateConfig = CandidateConfig()
+
+    def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
+        """Where pairs are named, each of them; of a group, one sample may hold the one side and another the other."""
+        named = {pair: frozenset(pair.split("-")) for pair, weight in (self.pairs or {}).items() if weight > 0}
+        if self.positives == "group":
+            sides = frozenset().union(*(named.values() or every_pair(modalities)))
+            return [Need(name, tuple(frozenset({side}) for side in sorted(sides)))]
+        if not named:
+            return [Need(name, every_pair(modalities))]
+        return [Need(f"{name}.pairs.{pair}", (sides,)) for pair, sides in named.items()]
 
     def build(self, model: ModelConfig, *, seed: int) -> "Contrastive":
         every = {frozenset(pair): pair for pair in combinations(model.modalities, 2)}

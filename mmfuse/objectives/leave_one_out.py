@@ -7,15 +7,15 @@ candidates are all samples of the global batch that have the modality left out, 
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
+from mmfuse.model.variants import without_each
+from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term
 from mmfuse.objectives.contrastive import INITIAL_LOGIT_SCALE, exp_clamped
 from mmfuse.objectives.pairs.candidates import CandidateConfig, Side
 from mmfuse.objectives.pairs.contrast import Pair, contrast
-from mmfuse.types import TokenBatch
 
 
 class Config(ObjectiveConfig):
@@ -23,6 +23,9 @@ class Config(ObjectiveConfig):
 
     trains_fused_embedding: ClassVar[bool] = True
     candidates: CandidateConfig = CandidateConfig()
+
+    def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
+        return [Need(name, (frozenset(modalities),))]
 
     def build(self, model: ModelConfig, *, seed: int) -> "LeaveOneOut":
         if len(model.modalities) < 3:
@@ -41,7 +44,8 @@ class LeaveOneOut(Objective):
     def forward(self, inputs: StepInputs) -> dict[str, Term]:
         batch, num_modalities = inputs.batch, len(inputs.encoded.embeddings)
         complete = batch.present.all(1)
-        fused = inputs.model.fuse(_without_each(inputs.encoded.token_batch, complete)).embedding
+        every = dict.fromkeys(batch.modalities, complete)
+        fused = inputs.model.fuse(without_each(inputs.encoded.token_batch, every)).embedding
         count = int(complete.sum())
         mixed = (
             [
@@ -61,17 +65,3 @@ class LeaveOneOut(Objective):
         loss = torch.stack([term.loss for term in terms]).mean()
         rows, row_losses = (torch.cat(parts) for parts in zip(*(term[1:] for term in terms), strict=True))
         return {"leave_one_out": Term(loss, rows, row_losses)}
-
-
-def _without_each(batch: TokenBatch, complete: Tensor) -> TokenBatch:
-    """The complete rows once for each modality, without it: rows of the first left-out modality first."""
-    count, names = int(complete.sum()), list(batch.tokens)
-    place = torch.cumsum(complete, dim=0) - 1
-    tokens, masks, rows = {}, {}, {}
-    for number, name in enumerate(names):
-        entries = complete[batch.rows[name]]
-        blocks = [block for block in range(len(names)) if block != number]
-        tokens[name] = batch.tokens[name][entries].repeat(len(blocks), 1, 1)
-        masks[name] = batch.masks[name][entries].repeat(len(blocks), 1)
-        rows[name] = torch.cat([place[batch.rows[name][entries]] + block * count for block in blocks])
-    return TokenBatch(tokens, masks, rows, count * len(names))

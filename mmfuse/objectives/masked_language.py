@@ -14,7 +14,7 @@ from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.modalities import text
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
+from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term
 from mmfuse.randomness import keyed_uniform
 from mmfuse.types import ModalityBatch
 
@@ -26,6 +26,9 @@ class Config(ObjectiveConfig):
 
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that are predicted; special tokens never are."""
+
+    def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
+        return [Need(name, (frozenset({"text"}),))]
 
     def build(self, model: ModelConfig, *, seed: int) -> "MaskedLanguage":
         config = model.modalities.get("text")

@@ -20,7 +20,7 @@ from mmfuse.distributed import fetch_rows, gather_rows, sum_over_ranks, world_si
 from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs, Term
+from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term, every_pair
 from mmfuse.randomness import keyed_uniform
 from mmfuse.types import TokenBatch
 
@@ -33,6 +33,9 @@ class Config(ObjectiveConfig):
     """Of the similarities that negatives are drawn by; lower is harder."""
     negative_pool: PositiveInt | None = None
     """Negatives come from the first this many rows of the global batch; null: from all of it."""
+
+    def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
+        return [Need(name, every_pair(modalities))]
 
     def build(self, model: ModelConfig, *, seed: int) -> "Matching":
         if len(model.modalities) < 2:

@@ -15,6 +15,7 @@ from mmfuse.data.order import ShardUse
 from mmfuse.data.plan import DataPlan, PlannedSource
 from mmfuse.data.quarantine import Quarantine
 from mmfuse.data.source import Source
+from mmfuse.errors import ConfigError
 from mmfuse.modalities.base import Processor
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.metrics import MetricsWriter
@@ -33,10 +34,12 @@ class TrainingData:
         """Opens every source and plans, without reading a sample.
 
         Raises:
-            ConfigError, DataError: a source is missing, not indexed, or does not fit the run.
+            ConfigError, DataError: a source is missing, not indexed, or does not fit the run; or an objective needs
+                samples that none holds.
         """
         self.run = run
         self.sources = _open_sources(run)
+        _check_fed(run, self.sources)
         self.plan = self._build_plan(())
 
     def use_segments(self, segments: Sequence[WeightSegment], *, start: int) -> None:
@@ -151,6 +154,20 @@ def _open_sources(run: RunConfig) -> list[Source]:
     facts = ((source.name, source.facts, e) for source, e in zip(sources, extensions, strict=True))
     buckets: LengthBuckets = choose_buckets(run.data.buckets, facts)
     return [open_source(c, modalities=modalities, cache=cache, buckets=buckets) for c in run.data.train]
+
+
+def _check_fed(run: RunConfig, sources: list[Source]) -> None:
+    """Refuses an objective that would be 0 all the time."""
+    held = {frozenset(present) for source in sources for present in source.count_by_modalities()}
+    for name, config in run.objective_configs.items():
+        for need in config.needs(name, tuple(run.model.modalities)):
+            if not any(wanted <= present for wanted in need.any_of for present in held):
+                wanted = " or ".join("+".join(sorted(wanted)) for wanted in need.any_of)
+                there = ", ".join("+".join(sorted(present)) or "none of these" for present in sorted(held, key=sorted))
+                raise ConfigError(
+                    f"objectives.{need.setting} learns from samples with {wanted}, of which data.train "
+                    f"({', '.join(source.name for source in sources)}) has none; its samples hold: {there}"
+                )
 
 
 class _Records:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmfuse.config import find_plugin, plugin_names
 from mmfuse.errors import SampleError
-from mmfuse.modalities.base import Encoder, ModalityConfig
+from mmfuse.modalities.base import Encoder, ModalityConfig, PatchEncoder
 
 NAMES = plugin_names("mmfuse.modalities")
 MEMBERS = {"text": [b"a red apple", b"sun"], "image": [picture_bytes(1), picture_bytes(2)]}
@@ -51,3 +51,33 @@ def test_every_parameter_takes_part(name):
     output = encoder(encoder.minimal_inputs(torch.device("cpu")))
     (output.tokens.sum() + output.pooled.sum()).backward()
     assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+
+
+PATCHED = [name for name in NAMES if find_plugin("mmfuse.modalities", name).Config().count_patch_values()]
+
+
+def test_pictures_and_sounds_have_patches() -> None:
+    assert {"image", "audio"} <= set(PATCHED) and "text" not in PATCHED
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_hidden_patches_hold_the_mean_and_nothing_of_them_is_left(name):
+    torch.manual_seed(0)
+    config = find_plugin("mmfuse.modalities", name).Config()
+    encoder, processor = config.build_encoder().eval(), config.build_processor()
+    assert isinstance(encoder, PatchEncoder)
+    inputs = processor.collate([processor(data, seed=None) for data in MEMBERS[name]])
+    patches, real = encoder.patches(inputs)
+    assert patches.shape[2] == config.count_patch_values() and real.shape == patches.shape[:2]
+    torch.testing.assert_close(encoder(encoder.hide(inputs, torch.zeros_like(real))), encoder(inputs))
+
+    hidden = real & (torch.rand(real.shape) < 0.5)
+    without = encoder.hide(inputs, hidden)
+    left, _ = encoder.patches(without)
+    assert left[hidden].abs().max() < 1e-6 and hidden.any() and not hidden.all()
+    torch.testing.assert_close(left[~hidden], patches[~hidden])
+    output = encoder(without)
+    assert encoder.patch_tokens(output.tokens).shape[:2] == real.shape
+    large = next(key for key, value in inputs.items() if value.ndim > 2)  # pixels, or a filter bank
+    scrambled = {**inputs, large: torch.where(inputs[large] == without[large], inputs[large], 7)}
+    torch.testing.assert_close(encoder(encoder.hide(scrambled, hidden)), output, rtol=0, atol=1e-5)

@@ -19,12 +19,14 @@ def test_it_falls_on_a_repeated_batch(name):
     task = tiny_task([name], **changes_for(name))
     optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
     batch, losses = make_batch(BATCH), []
-    for _ in range(25):
+    for _ in range(200):  # pixels of noise take most of them
         loss = task(batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        if losses[-1] < 0.8 * losses[0]:
+            break
     assert all(torch.isfinite(torch.tensor(losses)))
     assert losses[-1] < 0.8 * losses[0], losses
 

@@ -21,7 +21,7 @@ COUNTS = (2, 6, 11)
 def each_world(recipe: str) -> list[list[dict[str, torch.Tensor]]]:
     """What the ranks gave, one list a world, a world of one first."""
     worlds = [[result_alone(recipe)]]
-    return worlds + [[result[recipe] for result in results_on_ranks()[size]] for size in WORLD_SIZES]
+    return worlds + [[result[recipe] for result in results_on_ranks("exchanges")[size]] for size in WORLD_SIZES]
 
 
 def test_slices_follow_each_other_cover_everything_and_differ_by_one_row_at_most() -> None:

@@ -63,7 +63,9 @@ def test_chance_is_what_random_orders_score(positives):
 def test_every_rank_gets_the_whole_set_without_its_padding(size):
     everything = tiny_task().model.embed(make_batch("tia ti t ta ia tia i a tia"))
     recipe = "embed_evaluation_set"
-    for result in [result_alone(recipe)] if size == 1 else [ranks[recipe] for ranks in results_on_ranks()[size]]:
+    for result in (
+        [result_alone(recipe)] if size == 1 else [ranks[recipe] for ranks in results_on_ranks("evaluation")[size]]
+    ):
         for name in ("text", "image", "audio"):
             torch.testing.assert_close(result[name], everything[name], rtol=0, atol=1e-12)
             assert torch.equal(result[f"present {name}"], everything[name].any(1))

@@ -1,4 +1,4 @@
-"""Runs the functions of `RECIPES` in two and in three gloo processes, all in one start, and hands back what they gave.
+"""Runs a set of `RECIPES` in two and in three gloo processes, all in one start, and hands back what they gave.
 
 A recipe works on its rank's part of fixed global data. Tests compare what the ranks gave with what one process gives.
 """
@@ -168,35 +168,40 @@ def embed_evaluation_set() -> Result:
     return {**embedded.embeddings, **present, "group": embedded.group_id}
 
 
-RECIPES: dict[str, Callable[[], Result]] = {
-    **{f"complete pairs {way}": functools.partial(contrast_complete_pairs, s) for way, s in WAYS.items()},
-    **{f"gather {n}": functools.partial(gather, n) for n in (2, 6, 11)},
-    **{f"fetch {n}": functools.partial(fetch, n) for n in (2, 6, 11)},
-    "embed_evaluation_set": embed_evaluation_set,
-    "exchange_types": functools.partial(exchange_types, 11),
-    **{f"{s} {o}": functools.partial(train_step, s, o) for s in SCENARIOS for o in ALL_OBJECTIVES},
-    **{
-        f"{s} contrastive {way}": functools.partial(train_step, s, "contrastive", settings)
-        for s in SCENARIOS
-        for way, settings in WAYS.items()
+RECIPES: dict[str, dict[str, Callable[[], Result]]] = {
+    "exchanges": {
+        **{f"gather {n}": functools.partial(gather, n) for n in (2, 6, 11)},
+        **{f"fetch {n}": functools.partial(fetch, n) for n in (2, 6, 11)},
+        "exchange_types": functools.partial(exchange_types, 11),
     },
-    **{
-        f"{s} leave_one_out {way}": functools.partial(train_step, s, "leave_one_out", settings)
-        for s in SCENARIOS
-        for way, settings in CANDIDATES.items()
+    "evaluation": {"embed_evaluation_set": embed_evaluation_set},
+    "objectives": {
+        **{f"complete pairs {way}": functools.partial(contrast_complete_pairs, s) for way, s in WAYS.items()},
+        **{f"{s} {o}": functools.partial(train_step, s, o) for s in SCENARIOS for o in ALL_OBJECTIVES},
+        **{
+            f"{s} contrastive {way}": functools.partial(train_step, s, "contrastive", settings)
+            for s in SCENARIOS
+            for way, settings in WAYS.items()
+        },
+        **{
+            f"{s} leave_one_out {way}": functools.partial(train_step, s, "leave_one_out", settings)
+            for s in SCENARIOS
+            for way, settings in CANDIDATES.items()
+        },
     },
 }
+"""By the set to which they belong: processes run one set."""
 
 
-def results_on_ranks() -> dict[int, list[dict[str, Result]]]:
-    """By world size what each rank's recipes gave."""
-    results, errors = _start_ranks()
+def results_on_ranks(chosen: str) -> dict[int, list[dict[str, Result]]]:
+    """By world size what each rank's recipes of this set gave."""
+    results, errors = _start_ranks(chosen)
     assert not errors, errors
     return results
 
 
 @functools.cache
-def _start_ranks() -> tuple[dict[int, list[dict[str, Result]]], str]:
+def _start_ranks(chosen: str) -> tuple[dict[int, list[dict[str, Result]]], str]:
     """The results, or what the first process to fail said: the others would wait for it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -204,7 +209,7 @@ def _start_ranks() -> tuple[dict[int, list[dict[str, Result]]], str]:
         environment.pop("RANK", None)
         processes = []
         for number in range(max(WORLD_SIZES)):
-            command = [sys.executable, "-m", "unit.objectives.ranks", name, str(number)]
+            command = [sys.executable, "-m", "unit.objectives.ranks", chosen, name, str(number)]
             with open(folder / f"{number}.log", "w") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         while None in (codes := [process.poll() for process in processes]) and not any(codes):
@@ -221,19 +226,19 @@ def _start_ranks() -> tuple[dict[int, list[dict[str, Result]]], str]:
 @functools.cache
 def result_alone(recipe: str) -> Result:
     """What one process gives."""
-    return RECIPES[recipe]()
+    return next(recipes[recipe] for recipes in RECIPES.values() if recipe in recipes)()
 
 
-def run_recipes(folder: Path, number: int) -> None:
-    """One process: all recipes in each world that this rank belongs to."""
+def run_recipes(chosen: str, folder: Path, number: int) -> None:
+    """One process: all recipes of a set, in each world that this rank belongs to."""
     for size in WORLD_SIZES:
         if number >= size:
             continue
         store = dist.FileStore(str(folder / f"store-{size}"), size)
         dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=timedelta(minutes=2))
-        torch.save({name: recipe() for name, recipe in RECIPES.items()}, folder / f"{size}-{number}.pt")
+        torch.save({name: recipe() for name, recipe in RECIPES[chosen].items()}, folder / f"{size}-{number}.pt")
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_recipes(Path(sys.argv[1]), int(sys.argv[2]))
+    run_recipes(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -32,7 +32,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("size", WORLD_SIZES)
 def test_loss_and_gradients_do_not_know_the_world_size(size: int, objective: str, scenario: str) -> None:
     recipe = f"{scenario} {objective}"
-    alone, ranks = result_alone(recipe), [results[recipe] for results in results_on_ranks()[size]]
+    alone, ranks = result_alone(recipe), [results[recipe] for results in results_on_ranks("objectives")[size]]
     assert alone["loss"] > 0
     assert error(torch.stack([result["loss"] for result in ranks]).mean(), alone["loss"]) < TOLERANCE
     for name in alone.keys() - {"loss"}:
@@ -53,7 +53,9 @@ BLOCKED = {
 def test_blocks_and_rings_of_candidates_change_nothing(size: int, blocked: str, scenario: str) -> None:
     plain = BLOCKED[blocked].format(next((loss for loss in LOSSES if blocked.startswith(f"contrastive {loss} ")), ""))
     expected, recipe = result_alone(f"{scenario} {plain}"), f"{scenario} {blocked}"
-    ranks = [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks()[size]]
+    ranks = (
+        [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks("objectives")[size]]
+    )
     assert expected["loss"] > 0
     assert error(torch.stack([result["loss"] for result in ranks]).mean(), expected["loss"]) < TOLERANCE
     for name in expected.keys() - {"loss"}:
@@ -70,7 +72,7 @@ def test_the_scenarios_have_what_they_promise() -> None:
     assert all(groups is None or len(groups) == len(SCENARIOS[name].split()) for name, groups in GROUPS.items())
     assert all(
         result["loss"].isfinite()
-        for results in results_on_ranks()[3]
+        for results in results_on_ranks("objectives")[3]
         for result in results.values()
         if "loss" in result
     )
@@ -89,7 +91,9 @@ def test_contrastive_is_open_clip_on_complete_batches(size: int, way: str) -> No
         loss = ClipLoss()(first, embeddings[:, 1], log_scale.exp())
     loss.backward()
     recipe = f"complete pairs {way}"
-    ranks = [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks()[size]]
+    ranks = (
+        [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks("objectives")[size]]
+    )
     assert error(torch.stack([result["loss"] for result in ranks]).mean(), loss.detach()) < TOLERANCE
     # Each rank's loss is `size` times its part, for engines take the mean of gradients.
     assert error(torch.cat([result["embeddings"] for result in ranks]) / size, embeddings.grad) < TOLERANCE

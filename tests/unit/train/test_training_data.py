@@ -7,10 +7,19 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import TINY_MODALITIES, index_folder, sample_members, write_data_set, write_tar, write_yaml
+from helpers import (
+    TINY_MODALITIES,
+    index_folder,
+    sample_members,
+    write_data_set,
+    write_tar,
+    write_tiny_run,
+    write_yaml,
+)
 
-from mmfuse.errors import CheckpointError, DataError
+from mmfuse.errors import CheckpointError, ConfigError, DataError
 from mmfuse.train.checkpoint import complete_checkpoints, read_facts
+from mmfuse.train.data import TrainingData
 from mmfuse.train.run import load_run
 from mmfuse.train.trainer import train
 
@@ -137,3 +146,35 @@ def test_a_source_that_is_entirely_bad_stops_the_run_with_its_name(tmp_path: Pat
     index_folder(tmp_path / "b")
     with pytest.raises(DataError, match=r"b/train: the last 5 samples that this rank read of it are all bad"):
         train(load_run(place))
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        (
+            {"contrastive": {}},
+            r"objectives.contrastive learns from samples with image\+text, of which data.train \(set/train\) has none; "
+            "its samples hold: image, text",
+        ),
+        ({"contrastive": {"pairs": {"text-image": 1}}}, r"objectives.contrastive.pairs.text-image learns from"),
+        ({"contrastive": {"positives": "group"}}, None),
+        ({"contrastive": {"positives": "group"}, "matching": {}}, "objectives.matching learns from"),
+        ({"masked_image": {}}, None),
+    ],
+)
+def test_an_objective_that_the_data_cannot_feed_is_refused_with_both(
+    tmp_path: Path, objectives: dict[str, Any], message: str | None
+) -> None:
+    """Every sample holds one modality alone."""
+    lacking = {number: ("text",) if number % 2 else ("image",) for number in range(8)}
+    recipe = write_data_set(tmp_path / "set", modalities=("text", "image"), lacking=lacking)
+    path = write_tiny_run(tmp_path, recipe)
+    fused = any(name != "contrastive" for name in objectives)
+    run = yaml.safe_load(path.read_text()) | {"objectives": objectives}
+    run["model"]["fusion"] = {"num_layers": 1, "num_heads": 2} if fused else None
+    run = load_run(str(write_yaml(path, run)))
+    if message is None:
+        assert TrainingData(run).sources
+    else:
+        with pytest.raises(ConfigError, match=message):
+            TrainingData(run)

@@ -149,7 +149,8 @@ def test_faults_of_an_s3_server_are_outlived(nginx: HttpServer, tmp_path, monkey
 @pytest.mark.parametrize("fault", ["status/500", "closed", "hang"])
 def test_attempts_and_deadline_are_ours_and_not_the_library_s(nginx, tmp_path, monkeypatch, fault: str) -> None:
     file, config = as_s3(nginx, monkeypatch)._replace(url=f"s3://{fault}/a.tar"), HASTY if fault == "hang" else PATIENT
-    download(file._replace(url="s3://whole/a.tar"), tmp_path / "whole", config=config)  # making a client takes a while
+    patient = config.model_copy(update={"deadline_seconds": 30.0})
+    download(file._replace(url="s3://whole/a.tar"), tmp_path / "whole", config=patient)  # making a client takes a while
     with pytest.raises(DataError, match=rf"s3://{fault}/a.tar: .* \(deadline_seconds = 1\)") as error:
         download(file, tmp_path / "a.tar", config=config)
     attempts = int(str(error.value).partition("gave up at attempt ")[2].partition(" ")[0])

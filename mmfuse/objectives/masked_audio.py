@@ -1,0 +1,20 @@
+"""Masked audio modelling with cross-modal context (`patches/masked_patches.py`)."""
+
+from pydantic import Field
+
+from mmfuse.model.model import ModelConfig
+from mmfuse.objectives.base import Need, ObjectiveConfig
+from mmfuse.objectives.patches.masked_patches import MaskedPatches
+
+
+class Config(ObjectiveConfig):
+    """Masked audio modelling."""
+
+    mask_ratio: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the time steps that are hidden, in all mel bins, and predicted."""
+
+    def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
+        return [Need(name, (frozenset({"audio"}),))]
+
+    def build(self, model: ModelConfig, *, seed: int) -> MaskedPatches:
+        return MaskedPatches("masked_audio", model, modality="audio", mask_ratio=self.mask_ratio, seed=seed)
