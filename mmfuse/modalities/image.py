@@ -1,5 +1,6 @@
 """Image: JPEG, PNG or WebP -> uint8 pixels -> a timm Vision Transformer."""
 
+import functools
 from typing import Any, Literal
 
 import timm
@@ -73,10 +74,16 @@ class Config(ModalityConfig):
         return ImageEncoder(self)
 
     def count_patch_values(self) -> int | None:
-        with torch.device("meta"):  # timm tells a patch's size by building the model alone
-            embed = getattr(timm.create_model(self.architecture), "patch_embed", None)
-        size = getattr(embed, "patch_size", None)
-        return 3 * size[0] * size[1] if size else None
+        return _count_patch_values(self.architecture)
+
+
+@functools.cache
+def _count_patch_values(architecture: str) -> int | None:
+    """timm tells the size of a patch by building the model alone."""
+    with torch.device("meta"):
+        embed = getattr(timm.create_model(architecture), "patch_embed", None)
+    size = getattr(embed, "patch_size", None)
+    return 3 * size[0] * size[1] if size else None
 
 
 class ImageProcessor:

@@ -53,16 +53,18 @@ def test_a_rank_with_nothing_has_a_loss_of_exactly_zero() -> None:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
-    configs = objective_configs(contrastive={"weight": 0.5}, matching={"weight": 0}, leave_one_out={"weight": 2})
+    weights = {"matching": 0.0, "leave_one_out": 2.0, "masked_image": 3.0}
+    settings = {name: {"weight": weight} for name, weight in weights.items()}
+    configs = objective_configs(contrastive={"weight": 0.5}, **settings)
     output = Task(tiny_model(), configs, seed=0)(make_batch(PATTERNS[0]))
     pairs = [output.terms[f"contrastive/{pair}"] for pair in ("text-image", "text-audio", "image-audio")]
-    others = {"matching", "masked_language", "leave_one_out"}
+    others = set(ALL_OBJECTIVES) - {"contrastive"}
     assert output.terms.keys() - others == {
         "contrastive/text-image",
         "contrastive/text-audio",
         "contrastive/image-audio",
     }
-    expected = 0.5 * sum(pairs) + output.terms["masked_language"] + 2 * output.terms["leave_one_out"]
+    expected = 0.5 * sum(pairs) + sum(weights.get(name, 1.0) * output.terms[name] for name in others)
     torch.testing.assert_close(output.loss, expected)
     assert not any(term.requires_grad for term in output.terms.values())
 

@@ -30,7 +30,7 @@ def without(batch: TokenBatch, absent: str) -> TokenBatch:
     return TokenBatch(*cut, batch.num_rows)
 
 
-@pytest.mark.parametrize("variant", ["cross", "merged", "bottleneck", "concat"])
+@pytest.mark.parametrize("variant", ["cross", "merged", "concat", pytest.param("bottleneck", marks=pytest.mark.slow)])
 def test_fusion_learns_an_exclusive_or_that_no_modality_knows(variant: str) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
