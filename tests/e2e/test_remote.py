@@ -118,6 +118,20 @@ def test_two_processes_over_a_remote_blend_are_one_over_local_tars(server: HttpS
     assert read_losses(together) == pytest.approx(read_losses(alone), rel=TOLERANCE)
 
 
+def test_shards_in_a_bucket_have_the_embeddings_of_local_ones(server: HttpServer, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
+    assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
+    cache, tar = tmp_path / "cache", max(path.stat().st_size for path in server.files.iterdir())
+    train_on(tmp_path / "local/recipe.yaml", tmp_path / "run", cache=cache, budget=2**20)
+    for place, out in ((recipe, "embedded"), (tmp_path / "local/recipe.yaml", "expected")):
+        settings = [f"data.cache.folder={cache}", f"data.cache.budget_gib={3 * tar / 2**30}"]
+        options = [option for setting in settings for option in ("--set", setting)]
+        assert main(["embed", str(tmp_path / "run"), str(place), "--out", str(tmp_path / out), *options]) == 0
+    remote, local = (sorted((tmp_path / out).glob("part-*.safetensors")) for out in ("embedded", "expected"))
+    assert len(remote) == len(SHARDS) and [path.read_bytes() for path in remote] == [p.read_bytes() for p in local]
+    assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= 3 * tar
+
+
 def test_of_aligned_tars_only_what_is_in_the_bucket_is_fetched(server: HttpServer, tmp_path: Path) -> None:
     (server.files / "text").mkdir()
     for shard, tar in enumerate(sorted(server.files.glob("*.tar"))):
