@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import CLS, FIRST_WORD, SEP, make_batch, objective_configs, tiny_model, tiny_task
+from transformers import BertForMaskedLM
 
 from mmfuse.errors import ConfigError
 from mmfuse.objectives.base import StepInputs
 from mmfuse.objectives.masked_language import Config, MaskedLanguage
-from mmfuse.types import ModalityBatch
+from mmfuse.types import FusionOutput, ModalityBatch
 
 MASK, VOCABULARY = 4, 6368
 CAPTIONS, LENGTH = 3500, 60
@@ -117,3 +118,25 @@ def test_without_a_masked_word_the_loss_is_an_exact_zero_that_has_gradients(pres
 def test_a_model_without_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="text"):
         objective_configs(("masked_language",))["masked_language"].build(tiny_model("ia"), seed=0)
+
+
+def test_without_a_fusion_the_loss_is_that_of_bert_for_masked_lm(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, inputs = step_inputs("t t t t t t t t")
+    encoder = inputs.model.encoders["text"]
+    reference = BertForMaskedLM(encoder.bert.config).double().eval()
+    reference.bert.load_state_dict(encoder.bert.state_dict())
+    head = reference.cls.predictions
+    objective.transform[0].load_state_dict(head.transform.dense.state_dict())
+    objective.transform[2].load_state_dict(head.transform.LayerNorm.state_dict())
+    objective.transform[2].eps = head.transform.LayerNorm.eps
+    objective.decoder.load_state_dict(head.decoder.state_dict())
+    inputs.model.projections["text"] = torch.nn.Identity()  # both are 16 wide here
+    zeros = torch.zeros(0)
+    monkeypatch.setattr(inputs.model, "fuse", lambda batch: FusionOutput(batch.tokens, zeros, zeros))
+
+    part = inputs.batch.inputs["text"]
+    masked, targets = objective._mask(part, inputs.batch.sample_id[part.rows], inputs.batch.step)
+    labels = targets.masked_fill(targets < 0, -100)
+    expected = reference(input_ids=masked, attention_mask=part.inputs["attention_mask"].long(), labels=labels).loss
+    assert (targets >= 0).sum() > 2
+    assert objective(inputs)["masked_language"].loss.item() == pytest.approx(expected.item(), rel=1e-12)
