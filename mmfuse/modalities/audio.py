@@ -178,6 +178,8 @@ class AudioEncoder(PatchEncoder):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.ast = _build_ast(config)
+        if config.gradient_checkpointing:
+            self.ast.gradient_checkpointing_enable({"use_reentrant": False})
         ast = self.ast.config
         self.width = ast.hidden_size
         self.pooling = config.pooling

@@ -86,6 +86,8 @@ class ModalityConfig(Settings, ABC):
 
     pooling: Literal["cls", "mean"] = "mean"
     """The pooled vector: the encoder's class token, or the mean over its real tokens."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the rest again in backward: far less memory, a third more time."""
 
     @abstractmethod
     def build_processor(self) -> Processor:

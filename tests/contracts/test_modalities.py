@@ -81,3 +81,27 @@ def test_hidden_patches_hold_the_mean_and_nothing_of_them_is_left(name):
     large = next(key for key, value in inputs.items() if value.ndim > 2)  # pixels, or a filter bank
     scrambled = {**inputs, large: torch.where(inputs[large] == without[large], inputs[large], 7)}
     torch.testing.assert_close(encoder(encoder.hide(scrambled, hidden)), output, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(name):
+    module = find_plugin("mmfuse.modalities", name)
+    kept, gradients = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        config = module.Config(gradient_checkpointing=again)
+        encoder, processor = config.build_encoder().train(), config.build_processor()
+        inputs = processor.collate([processor(data, seed=None) for data in MEMBERS[name]])
+        seen: dict[int, int] = {}
+
+        def keep(x: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            output = encoder(inputs)
+        kept.append(sum(seen.values()) - sum(p.numel() * p.element_size() for p in encoder.parameters()))
+        (output.tokens.square().mean() + output.pooled.sum()).backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert kept[1] < 0.6 * kept[0], kept

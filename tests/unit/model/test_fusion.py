@@ -183,3 +183,18 @@ def test_every_token_is_a_query_exactly_once_and_all_modules_run_once_whatever_t
         fusion(batch)
         orders.append(list(calls))
     assert all(order == orders[0] for order in orders) and len(orders[0]) > 10
+
+
+@pytest.mark.parametrize("variant", ATTENTION)
+def test_gradient_checkpointing_changes_no_gradient(variant: str) -> None:
+    fusion, batch = build(variant).train(), make_tokens(EVERY_KIND)
+    expected, calls = None, []
+    fusion.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for fusion.gradient_checkpointing in (False, True):
+        calls.clear()
+        tokens, pooled = fusion(batch)
+        x_ND = torch.cat([tokens[name][batch.masks[name]] for name in NAMES])
+        found = gradients(fusion, batch, x_ND, pooled)
+        expected = expected or found
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 2  # once more in backward
