@@ -19,8 +19,8 @@ from distributed.launches import (
 
 PATTERNS = ("tia ti t ta ia i a -", "ia i a", "ta t a", "ti t i", "t t", "i -", "a", "- -")
 """What a rank may hold."""
-SETS_OF_OBJECTIVES = [names for size in range(1, 5) for names in itertools.combinations(ALL_OBJECTIVES, size)]
-SCARCE_TEXT = (("jpg", "txt"), ("jpg",), ("jpg", "ogg"), ("ogg",), ("jpg", "ogg"))
+SETS_OF_OBJECTIVES = [*(n for size in (1, 2) for n in itertools.combinations(ALL_OBJECTIVES, size)), ALL_OBJECTIVES]
+SCARCE_TEXT = (("jpg", "txt", "ogg"), ("jpg",), ("jpg", "ogg"), ("ogg",), ("jpg", "ogg"))
 STEPS = 6
 LARGE_HEAD = ("model.embedding_dim=512", "model.modalities.text.hidden_size=256")
 """More than the 100,000 weights below which DeepSpeed keeps a parameter whole on every rank."""
