@@ -80,10 +80,11 @@ def _add_embed(commands) -> None:
     embed = commands.add_parser(
         "embed",
         help="write the embeddings of every sample of shards",
-        description="Embeds every modality of every sample, and the whole sample as `fused`, shard by shard. Through "
-        "`torchrun --nproc_per_node N -m mmfuse embed ...` the shards are dealt to N processes. Started again, on any "
-        "number of processes, it goes on with the shards that are missing. manifest.json, written last, tells what the "
-        "rows are; part-NNNNN.keys.jsonl names them.",
+        description="Embeds every modality of every sample and, where the model has a fusion, the whole sample as "
+        "`fused`, shard by shard. Through `torchrun --nproc_per_node N -m mmfuse embed ...` the shards are dealt to N "
+        "processes. Started again, on any number of processes, it goes on with the shards that are missing. "
+        "manifest.json, completed last, tells what the rows are; part-NNNNN.keys.jsonl names them. "
+        "evaluation.batch_size is that of one process.",
         epilog="Examples: mmfuse embed runs/quickstart data_shards/recipes/emoji_sample.yaml --split new_drawings "
         "--out embedded   mmfuse embed CHECKPOINT /data/pictures --out embedded --set evaluation.batch_size=512",
     )

@@ -43,8 +43,12 @@ def raise_together(act: Callable[[], object] | None) -> None:
     """Calls `act` on the ranks that have one; what goes wrong on any of them ends all ranks, none waits for the dead.
 
     Raises:
-        DataError: the first rank's error, with the name of its host.
+        DataError: the first rank's error, with the name of its host; of a single process its own error.
     """
+    if world_size() == 1:
+        if act:
+            act()
+        return
     problem = None
     try:
         if act:
@@ -52,18 +56,13 @@ def raise_together(act: Callable[[], object] | None) -> None:
     except MmfuseError as error:
         problem = f"{socket.gethostname()}: {error}"
     problems: list[str | None] = [problem] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(problems, problem)
+    dist.all_gather_object(problems, problem)
     if found := next((problem for problem in problems if problem), None):
         raise DataError(found)
 
 
 def first_rank_decides(act: Callable[[], T]) -> T:
-    """What `act` gives on rank 0, on every rank; all ranks must call.
-
-    Raises:
-        DataError: what went wrong on rank 0, with the name of its host.
-    """
+    """What `act` gives on rank 0, on every rank; all ranks must call. Errors as of `raise_together`."""
     answer: list[Any] = []
     raise_together((lambda: answer.append(act())) if rank() == 0 else None)
     answer = answer or [None]

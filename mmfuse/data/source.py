@@ -207,7 +207,8 @@ def _find_facts(shards: list[Shard], place: Path, *, lengths: bool) -> list[Shar
     missing = [shard for shard in shards if shard.name not in manifests[shard.index_folder]]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"{missing[0].shown}{others}: not indexed; run: mmfuse shards index {place}")
+        what = str(place) if place.suffix in (".yaml", ".yml") else missing[0].shown
+        raise DataError(f"{missing[0].shown}{others}: not indexed; run: mmfuse shards index {what}")
     return [manifests[shard.index_folder][shard.name] for shard in shards]
 
 

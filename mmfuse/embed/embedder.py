@@ -51,12 +51,14 @@ class Embedder:
                 Any: the bytes of a file, or a `Path`.
             batch_size: items that the model sees at a time; changes speed and memory alone.
         Returns:
-            fp32 `(n, E)` on the CPU for every modality that was given, and `fused` for the whole items; L2-normalised,
-            zeros where an item lacks the modality.
+            fp32 `(n, E)` on the CPU for every modality that was given, and `fused` for the whole items where the model
+            has a fusion; L2-normalised, zeros where an item lacks the modality.
         Raises:
-            ConfigError: an unknown modality, nothing at all, or lists of different lengths.
+            ConfigError: an unknown modality, nothing at all, lists of different lengths, or no batch size.
             SampleError: a value that cannot be read; names it.
         """
+        if batch_size < 1:
+            raise ConfigError(f"encode: batch_size = {batch_size}: expected at least 1")
         columns = self._columns(items)
         num_items = len(next(iter(columns.values())))
         starts = range(0, num_items, batch_size)
@@ -98,6 +100,9 @@ class Embedder:
                     features[name] = processor(_to_bytes(value, processor), seed=None)
                 except SampleError as error:
                     raise SampleError(f"{name} of item {number}: {error}", kind=error.kind) from error
+                except Exception as error:  # decoders of foreign values raise what they like
+                    what = f"{type(error).__name__}: {error}"
+                    raise SampleError(f"{name} of item {number}: {what}", kind="unexpected") from error
             yield Sample(sample_id=number, group_id=number, key=str(number), features=features)
 
 
@@ -111,7 +116,7 @@ def load(
         device: by default a GPU where there is one.
         overrides: settings of the run, `a.b=value`.
     Raises:
-        CheckpointError: incomplete, damaged, or of another model.
+        CheckpointError: incomplete, or of another model.
         ConfigError: no such device, or a wrong override.
     """
     folder = find_checkpoint(Path(checkpoint))

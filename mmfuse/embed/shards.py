@@ -20,9 +20,10 @@ from mmfuse.data.source import Source
 from mmfuse.distributed import barrier, first_rank_decides, rank, world_size
 from mmfuse.embed.embedder import Embedder, load
 from mmfuse.embed.store import EmbeddingStore, Form, Part
+from mmfuse.hashing import hash_int
 from mmfuse.log import hide_bar, set_up_logging
-from mmfuse.train.checkpoint import MANIFEST
-from mmfuse.train.engines.start import join_ranks
+from mmfuse.train.checkpoint import MANIFEST, find_checkpoint, verify_checkpoint
+from mmfuse.train.engines.start import join_ranks, leave_ranks
 from mmfuse.train.prefetch import node_cache, prefetching
 from mmfuse.types import Batch
 
@@ -38,7 +39,8 @@ def embed_shards(
 
     Args:
         checkpoint: its folder, or a run's.
-        overrides: settings of the checkpoint's run, such as `data.num_workers` and `evaluation.batch_size`.
+        overrides: settings of the checkpoint's run, such as `data.num_workers` and `evaluation.batch_size`, which here
+            is that of one rank.
     Raises:
         CheckpointError: not a whole checkpoint.
         ConfigError: the folder holds something else.
@@ -46,26 +48,28 @@ def embed_shards(
     """
     device = join_ranks()
     set_up_logging(rank=rank())
-    embedder = load(checkpoint, device=device, overrides=overrides)
+    embedder = load(first_rank_decides(partial(_find_whole, checkpoint)), device=device, overrides=overrides)
     cache = node_cache(embedder.run.data.cache, out, purpose=_PURPOSE)
     source = Source(chosen.recipe, chosen.split, place=chosen.place, modalities=embedder.modalities, cache=cache)
-    store = EmbeddingStore(out, identity=_identity(embedder, source), form=form or Form())
     shards = np.flatnonzero(source.counts).tolist()
-
-    def find_missing() -> list[int]:
-        store.prepare()
-        return store.missing(len(shards))
-
-    missing = first_rank_decides(find_missing)
+    open_store = partial(EmbeddingStore, out, identity=_identity(embedder, source), form=form or Form())
+    missing = first_rank_decides(lambda: open_store().prepare(len(shards)))
+    store = open_store()  # on every rank, when the first has written what the folder is for
     if len(missing) < len(shards):
         logger.info("%s: %d of %d parts are there", out, len(shards) - len(missing), len(shards))
     _write_parts(embedder, source, shards, store, missing=missing)
-    barrier()
     manifest = first_rank_decides(lambda: store.finish(len(shards), samples=len(source)))
     bad = manifest["undecodable_members"]
     if bad:
         logger.warning("%d members could not be decoded and count as absent: see `faults` in the parts", bad)
     logger.info("%s: embeddings of %d samples in %d parts", out, manifest["samples"], len(shards))
+    leave_ranks()
+
+
+def _find_whole(checkpoint: Path) -> Path:
+    folder = find_checkpoint(checkpoint)
+    verify_checkpoint(folder, contents=True)
+    return folder
 
 
 def _write_parts(
@@ -91,6 +95,7 @@ def _write_parts(
             shown = source.shards[shards[mine[step]]].shown
             store.write(mine[step], _embed_part(embedder, group, shown=shown, advance=bar.update))
             report(step)
+        barrier()  # the prefetcher serves all ranks of its node
     if total:
         logger.info("%d samples in %.0f s", total, time.perf_counter() - begun)
 
@@ -128,6 +133,7 @@ def _identity(embedder: Embedder, source: Source) -> dict[str, object]:
     return {
         "weights": files["model.safetensors"]["blake2b"],
         "run": embedder.run.name,
+        "settings": f"{hash_int(json.dumps(embedder.run.model.model_dump(mode='json'), sort_keys=True)):016x}",
         "source": source.name,
         "index_hash": source.index_hash,
         "reading_hash": source.reading_hash,

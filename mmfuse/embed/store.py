@@ -9,7 +9,8 @@ part-00000.json          written last: the shard, its number of samples, and mem
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -58,9 +59,10 @@ class EmbeddingStore:
         """
         self.folder, self.form = folder, form
         self.identity = {"format": _FORMAT, **form._asdict(), **identity}
-        known = _read_json(folder / MANIFEST)
+        is_file = folder.exists() and not folder.is_dir()
+        known = None if is_file else _read_json(folder / MANIFEST)
         if known is None:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if is_file or (folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir())):
                 raise ConfigError(f"{folder}: is there and holds no embeddings; name a new folder with --out")
             return
         differing = [name for name, value in self.identity.items() if known.get(name) != value]
@@ -71,19 +73,27 @@ class EmbeddingStore:
                 "name another folder with --out, or delete it"
             )
 
-    def prepare(self) -> None:
-        """Makes the folder and removes what a killed command has left; one process, before all others write."""
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
-        if not (self.folder / MANIFEST).exists():
-            write_text(self.folder / MANIFEST, json.dumps({**self.identity, "complete": False}, indent=1))
+    def prepare(self, parts: int) -> list[int]:
+        """Makes the folder and removes what a killed command has left; one process, before all others write.
 
-    def missing(self, parts: int) -> list[int]:
-        """Which of so many parts are not there yet."""
+        Returns:
+            Which of so many parts are not there yet.
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        with self._writing():
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
+            if not (self.folder / MANIFEST).exists():
+                write_text(self.folder / MANIFEST, json.dumps({**self.identity, "complete": False}, indent=1))
         return [number for number in range(parts) if not self._facts(number).exists()]
 
     def write(self, number: int, part: Part) -> None:
-        """Writes a part; it counts once its last file is there."""
+        """Writes a part; it counts once its last file is there. Raises a DataError where it cannot be written."""
+        with self._writing():
+            self._write(number, part)
+
+    def _write(self, number: int, part: Part) -> None:
         stem = self._stem(number)
         dtype = {"fp32": torch.float32, "fp16": torch.float16}[self.form.dtype]
         tensors = {n: x.to(dtype) if x.is_floating_point() else x.contiguous() for n, x in part.tensors.items()}
@@ -121,6 +131,13 @@ class EmbeddingStore:
         manifest = {**self.identity, "complete": True, "samples": samples, "undecodable_members": faults}
         write_text(self.folder / MANIFEST, json.dumps({**manifest, "parts": listed}, indent=1))
         return manifest
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
     def _stem(self, number: int) -> str:
         return f"part-{number:05d}"

@@ -82,8 +82,11 @@ def _count_patch_values(architecture: str) -> int | None:
     """timm tells the size of a patch by building the model alone."""
     with torch.device("meta"):
         embed = getattr(timm.create_model(architecture), "patch_embed", None)
-    size = getattr(embed, "patch_size", None)
-    return 3 * size[0] * size[1] if size else None
+    size, image, grid = (getattr(embed, name, None) for name in ("patch_size", "img_size", "grid_size"))
+    if not (isinstance(size, tuple) and isinstance(image, tuple) and isinstance(grid, tuple)):
+        return None
+    fits = all(pixels // patch == count for pixels, patch, count in zip(image, size, grid, strict=True))
+    return 3 * size[0] * size[1] if fits else None  # patches of a hybrid are of its convolutions' features
 
 
 class ImageProcessor:
@@ -196,6 +199,8 @@ class ImageEncoder(PatchEncoder):
         pixels, (height, width) = inputs["pixels"].float(), self._patch_size
         grid = hidden.unflatten(1, (pixels.shape[2] // height, pixels.shape[3] // width))
         over = grid.repeat_interleave(height, 1).repeat_interleave(width, 2)[:, None]
+        # What is left of the last row and column is in no patch.
+        over = F.pad(over, (0, pixels.shape[3] - over.shape[3], 0, pixels.shape[2] - over.shape[2]))
         return {**inputs, "pixels": torch.where(over, self.mean.float(), pixels)}
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ class Need(NamedTuple):
     setting: str
     any_of: tuple[frozenset[str], ...]
     """A sample must hold all modalities of one of these."""
+    across_samples: bool = False
+    """Whether several samples may hold them together."""
 
 
 class ObjectiveConfig(Settings, ABC):

@@ -36,12 +36,10 @@ class Config(ObjectiveConfig):
     def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
         """Where pairs are named, each of them; of a group, one sample may hold the one side and another the other."""
         named = {pair: frozenset(pair.split("-")) for pair, weight in (self.pairs or {}).items() if weight > 0}
-        if self.positives == "group":
-            sides = frozenset().union(*(named.values() or every_pair(modalities)))
-            return [Need(name, tuple(frozenset({side}) for side in sorted(sides)))]
+        across = self.positives == "group"
         if not named:
-            return [Need(name, every_pair(modalities))]
-        return [Need(f"{name}.pairs.{pair}", (sides,)) for pair, sides in named.items()]
+            return [Need(name, every_pair(modalities), across)]
+        return [Need(f"{name}.pairs.{pair}", (sides,), across) for pair, sides in named.items()]
 
     def build(self, model: ModelConfig, *, seed: int) -> "Contrastive":
         every = {frozenset(pair): pair for pair in combinations(model.modalities, 2)}

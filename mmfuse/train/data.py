@@ -161,7 +161,8 @@ def _check_fed(run: RunConfig, sources: list[Source]) -> None:
     held = {frozenset(present) for source in sources for present in source.count_by_modalities()}
     for name, config in run.objective_configs.items():
         for need in config.needs(name, tuple(run.model.modalities)):
-            if not any(wanted <= present for wanted in need.any_of for present in held):
+            seen = {frozenset().union(*held)} if need.across_samples else held
+            if not any(wanted <= present for wanted in need.any_of for present in seen):
                 wanted = " or ".join("+".join(sorted(wanted)) for wanted in need.any_of)
                 there = ", ".join("+".join(sorted(present)) or "none of these" for present in sorted(held, key=sorted))
                 raise ConfigError(

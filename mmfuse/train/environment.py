@@ -43,8 +43,8 @@ def find_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name or ("cuda" if cuda else "cpu"))
     except RuntimeError as error:
         raise ConfigError(f"device {name}: no such device; use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not cuda:
-        raise ConfigError(f"device {name}: torch sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
     return device
 
 

@@ -102,9 +102,11 @@ class RunConfig(Settings):
             )
         if not self.model.fusion and uses_fusion:
             problems.append(f"model.fusion is null, but objectives.{uses_fusion[0]} needs it")
-        if "feature_prediction" in self.objectives and "contrastive" not in self.objectives:
+        shaping = [self.objective_configs.get(name) for name in ("contrastive", "leave_one_out")]
+        if "feature_prediction" in self.objectives and not any(config and config.weight for config in shaping):
             problems.append(
-                "objectives.feature_prediction alone is solved by embeddings that are all the same: add contrastive"
+                "objectives.feature_prediction alone is solved by embeddings that are all the same: add contrastive or "
+                "leave_one_out"
             )
         coupled = [name for name in ("contrastive", "leave_one_out", "matching") if name in self.objectives]
         if self.train.accumulation > 1 and coupled:

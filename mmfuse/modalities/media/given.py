@@ -37,9 +37,15 @@ def picture_to_bytes(value: Any) -> bytes:
         return read_file(value)
     if not isinstance(value, Image.Image):
         value = Image.fromarray(_pixels(value))
-    picture = value if value.mode in _PNG_MODES else value.convert("RGB")
+    exif, picture = value.getexif(), value
+    if value.mode == "I":  # Pillow would cut 32 bits at 255
+        picture = Image.fromarray(_to_16_bits(np.asarray(value)))
+    elif value.mode == "F":
+        raise SampleError("a picture of floats (mode F) has no known range; convert it to 8 or 16 bits")
+    elif value.mode not in _PNG_MODES:
+        picture = value.convert("RGB")
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=0, exif=value.getexif())  # with the orientation that it is stored in
+    picture.save(file, "PNG", compress_level=0, exif=exif)  # with the orientation that it is stored in
     return file.getvalue()
 
 
@@ -63,6 +69,12 @@ def sound_to_bytes(value: Any) -> bytes:
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         raise SampleError(f"no sound: {_describe(waveform)} at {rate} values a second: {error}") from error
     return file.getvalue()
+
+
+def _to_16_bits(pixels: np.ndarray) -> np.ndarray:
+    if pixels.min() < 0 or pixels.max() >= 1 << 16:
+        raise SampleError(f"a grey picture with values from {pixels.min()} to {pixels.max()} does not fit 16 bits")
+    return pixels.astype(np.uint16)
 
 
 def _pixels(value: Any) -> np.ndarray:

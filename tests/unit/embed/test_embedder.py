@@ -48,6 +48,13 @@ def test_a_picture_that_lies_on_its_side_stands_upright_in_every_form(embedder: 
     assert not torch.allclose(rows["image"][3], rows["image"][2], atol=1e-3)
 
 
+def test_a_grey_picture_of_32_bits_is_the_one_of_16(embedder: Embedder, tmp_path: Path) -> None:
+    grey = (np.random.default_rng(0).random((32, 32)) * 60_000).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    rows = embedder.encode(image=[tmp_path / "grey.png", Image.fromarray(grey.astype(np.int32))])["image"]
+    assert_same(rows[:1], rows[1:])
+
+
 def test_a_sound_has_one_embedding_in_every_form(embedder: Embedder, tmp_path: Path) -> None:
     (tmp_path / "a.ogg").write_bytes(sound_bytes(1))
     values, rate = soundfile.read(tmp_path / "a.ogg", dtype="float32")
@@ -85,6 +92,12 @@ def test_what_cannot_be_encoded_is_told_by_its_place(embedder: Embedder, tmp_pat
         ({"audio": (np.zeros(9, np.int16), 8000)}, "expected a waveform of floats"),
         ({"audio": "none.wav"}, "audio of item 0: none.wav: cannot be read: .*No such file"),
         ({"audio": tmp_path / "none.wav"}, "none.wav: cannot be read"),
+        ({"image": Image.new("F", (9, 9))}, "image of item 0: a picture of floats"),
+        (
+            {"image": Image.open(io.BytesIO(picture_bytes(1)[:400]))},
+            "image of item 0: OSError: ",
+        ),
+        ({"audio": (np.zeros(9, np.float32), 2**70)}, "audio of item 0: .*Error"),
         ({"text": ["a", 7]}, "text of item 1: expected a str, got int"),
         ({"text": "  "}, "text of item 0: the text is empty"),
     ):

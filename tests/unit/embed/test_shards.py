@@ -110,7 +110,13 @@ def test_a_folder_of_other_embeddings_or_files_is_left_alone(
     before = {path.name: path.stat().st_mtime_ns for path in embedded.iterdir()}
     assert embed(run_folder, recipe, "--out", embedded, "--dtype", "fp16") == 2
     assert "holds embeddings with dtype = 'fp32', not 'fp16'" in capsys.readouterr().err
+    pooling = ("--set", "model.modalities.text.pooling=cls")
+    assert embed(run_folder, recipe, "--out", embedded, *pooling) == 2
+    assert "holds embeddings with settings = " in capsys.readouterr().err
     (tmp_path / "mine").write_text("mine")
+    assert embed(run_folder, recipe, "--out", tmp_path / "mine") == 2
+    assert "mine: is there and holds no embeddings" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "mine"
     assert embed(run_folder, recipe, "--out", tmp_path) == 2
     assert "is there and holds no embeddings" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in embedded.iterdir()} == before

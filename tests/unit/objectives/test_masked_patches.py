@@ -71,3 +71,21 @@ def test_a_model_without_the_modality_or_its_patches_is_refused() -> None:
     model = tiny_model("ti").model_copy(update={"modalities": {"image": layered}})
     with pytest.raises(ConfigError, match=r"objectives\.masked_image: the encoder of modality image has no patches"):
         objective_configs(("masked_image",))["masked_image"].build(model, seed=0)
+
+
+def test_pixels_beyond_the_last_whole_patch_are_in_none() -> None:
+    sizes = tiny_model("i").modality_configs["image"].model_copy(update={"image_size": 40})
+    encoder = sizes.build_encoder()
+    assert isinstance(encoder, PatchEncoder)
+    inputs = {"pixels": torch.randint(256, (1, 3, 40, 40), dtype=torch.uint8)}
+    patches, real = encoder.patches(inputs)
+    assert patches.shape == (1, 4, sizes.count_patch_values())
+    hidden = encoder.hide(inputs, torch.ones_like(real))["pixels"]
+    assert not encoder.patches({"pixels": hidden})[0].any()
+    assert torch.equal(hidden[:, :, 32:], inputs["pixels"][:, :, 32:].float())
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_r_s16_p8_224", "xcit_nano_12_p16_224"])
+def test_only_pixels_count_as_patches(architecture: str) -> None:
+    config = tiny_model("i").modality_configs["image"].model_copy(update={"architecture": architecture})
+    assert config.count_patch_values() is None
