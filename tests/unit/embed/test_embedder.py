@@ -94,7 +94,7 @@ def test_what_cannot_be_encoded_is_told_by_its_place(embedder: Embedder, tmp_pat
         ({"audio": tmp_path / "none.wav"}, "none.wav: cannot be read"),
         ({"image": Image.new("F", (9, 9))}, "image of item 0: a picture of floats"),
         (
-            {"image": Image.open(io.BytesIO(picture_bytes(1)[:400]))},
+            {"image": Image.open(io.BytesIO(picture_bytes(1)[:-60]))},
             "image of item 0: OSError: ",
         ),
         ({"audio": (np.zeros(9, np.float32), 2**70)}, "audio of item 0: .*Error"),
