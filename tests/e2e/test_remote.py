@@ -15,7 +15,7 @@ from helpers import write_data_set, write_tar, write_tiny_run, write_yaml
 from servers import HttpServer, serve_http
 
 from mmfuse.cli import main
-from mmfuse.errors import DataError
+from mmfuse.errors import ConfigError, DataError
 from mmfuse.train.run import load_run
 from mmfuse.train.trainer import train
 
@@ -180,7 +180,7 @@ def test_the_share_of_evaluation_is_known_before_the_first_step(server: HttpServ
     assert main(["shards", "index", str(train_recipe), str(kept), "--jobs", "1"]) == 0
     changes = {"data.validation.kept.recipe": kept, "data.validation.kept.split": "train", "train.evaluate_every": 3}
     budget = 9 * max(tar.stat().st_size for tar in tars)
-    with pytest.raises(DataError, match=r"budget_gib = .* is too small: .* that evaluation reads at a time"):
+    with pytest.raises(ConfigError, match=r"budget_gib = .* is too small: .* that evaluation reads at a time"):
         train_on(train_recipe, tmp_path / "out", cache=tmp_path / "cache", budget=budget, **changes)
     assert not (tmp_path / "out/metrics.jsonl").read_text()
 
@@ -188,5 +188,5 @@ def test_the_share_of_evaluation_is_known_before_the_first_step(server: HttpServ
 def test_a_budget_below_one_window_is_refused_with_the_formula(server: HttpServer, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, server.url("plain", "").rstrip("/"))
     assert main(["shards", "index", str(recipe), "--jobs", "1"]) == 0
-    with pytest.raises(DataError, match=r"budget_gib = .* is too small: .*lanes x data.window_shards"):
+    with pytest.raises(ConfigError, match=r"budget_gib = .* is too small: .*lanes x data.window_shards"):
         train_on(recipe, tmp_path / "out", cache=tmp_path / "cache", budget=30_000)
