@@ -29,7 +29,8 @@ def add_shards(commands) -> None:
     add_convert(shards)
 
 
-def _add_paths(parser: argparse.ArgumentParser) -> None:
+def add_paths(parser: argparse.ArgumentParser) -> None:
+    """PATH and --index-dir: the shards that a command works on."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, patterns, URLs, or a recipe")
     parser.add_argument("--index-dir", type=Path, metavar="DIR", help="folder of the indexes, if not beside the tars")
 
@@ -51,7 +52,7 @@ def _add_index(commands) -> None:
     index.add_argument("--force", action="store_true", help="index again, whatever is there")
     index.add_argument("--checksum", action="store_true", help="record checksums of local tars too (reads every byte)")
     _add_jobs(index)
-    _add_paths(index)
+    add_paths(index)
     index.set_defaults(command=_index)
 
 
@@ -66,7 +67,7 @@ def _add_check(commands) -> None:
     check.add_argument("--findings", type=Path, metavar="FILE", help="write each finding as a line of JSON")
     check.add_argument("--member-seconds", type=float, default=60.0, help="longest time over one member (default: 60)")
     _add_jobs(check)
-    _add_paths(check)
+    add_paths(check)
     check.set_defaults(command=_check)
 
 
@@ -81,7 +82,7 @@ def _add_stats(commands) -> None:
     stats.add_argument("--limit", type=int, metavar="N", help="probe so many samples, of every shard its share")
     stats.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
     _add_jobs(stats)
-    _add_paths(stats)
+    add_paths(stats)
     stats.set_defaults(command=_stats)
 
 
@@ -100,7 +101,7 @@ def _add_view(commands) -> None:
     view.add_argument("--findings", type=Path, metavar="FILE", help="those that the lines of this JSONL name instead")
     view.add_argument("--augment", type=int, default=0, metavar="N", help="also N times as training would see them")
     _add_jobs(view)
-    _add_paths(view)
+    add_paths(view)
     view.set_defaults(command=_view)
 
 
@@ -116,7 +117,7 @@ def _add_quarantine(commands) -> None:
         "--from", action="append", type=Path, required=True, dest="places", metavar="PLACE", help="run folder or JSONL"
     )
     quarantine.add_argument("--any-member", action="store_true", help="also samples that have a good member left")
-    _add_paths(quarantine)
+    add_paths(quarantine)
     quarantine.set_defaults(command=_quarantine)
 
 

@@ -157,12 +157,9 @@ def place_shards(urls: Iterable[str], *, index_folder: Path | None) -> list[Shar
     Raises:
         ConfigError: a remote shard without a folder for its index.
     """
-    shards = [_place_shard((url,), index_folder, default=Path()) for url in urls]
-    if index_folder is None and any(shard.is_remote for shard in shards):
-        raise ConfigError(
-            f"{shards[0].shown}: is remote; name a folder for its index with --index-dir, or give a recipe"
-        )
-    return shards
+    urls = list(urls)
+    _check_index_folder(urls, index_folder)
+    return [_place_shard((url,), index_folder, default=Path()) for url in urls]
 
 
 class ChosenSplit(NamedTuple):
@@ -187,13 +184,20 @@ def choose_split(paths: Sequence[str], *, split: str | None, index_folder: Path 
             raise ConfigError(f"{recipes[0]}: a recipe goes alone, and names the folder of its indexes itself")
         recipe, place = load_recipe(recipes[0])
     else:
-        place_shards(find_shards(tuple(paths)), index_folder=index_folder)  # refuses what has no place for its index
+        _check_index_folder(paths, index_folder)
         shards = tuple(path if is_remote(path) else os.path.abspath(path) for path in paths)
         index = os.path.abspath(index_folder) if index_folder else None
         recipe, place = Recipe(name="shards", index=index, splits={"all": Split(shards=shards)}), Path(paths[0])
     if split is None and len(recipe.splits) > 1:
         raise ConfigError(f"{place}: has several splits; name one with --split: {', '.join(recipe.splits)}")
     return ChosenSplit(recipe, split or next(iter(recipe.splits)), place)
+
+
+def _check_index_folder(urls: Sequence[str], index_folder: Path | None) -> None:
+    if index_folder is None and (remote := [url for url in urls if is_remote(url)]):
+        raise ConfigError(
+            f"{show_url(remote[0])}: is remote; name a folder for its index with --index-dir, or give a recipe"
+        )
 
 
 def _place_shard(parts: tuple[str, ...], folder: Path | None, *, default: Path) -> Shard:

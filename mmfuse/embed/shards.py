@@ -33,7 +33,7 @@ _PURPOSE = "embed"
 
 
 def embed_shards(
-    checkpoint: Path, chosen: ChosenSplit, *, out: Path, form: Form | None = None, overrides: Iterable[str] = ()
+    checkpoint: Path, chosen: ChosenSplit, *, out: Path, form: Form, overrides: Iterable[str] = ()
 ) -> None:
     """Writes the embeddings of a split to the folder `out`, see `EmbeddingStore`; all ranks must call.
 
@@ -52,7 +52,7 @@ def embed_shards(
     cache = node_cache(embedder.run.data.cache, out, purpose=_PURPOSE)
     source = Source(chosen.recipe, chosen.split, place=chosen.place, modalities=embedder.modalities, cache=cache)
     shards = np.flatnonzero(source.counts).tolist()
-    open_store = partial(EmbeddingStore, out, identity=_identity(embedder, source), form=form or Form())
+    open_store = partial(EmbeddingStore, out, identity=_identity(embedder, source), form=form)
     missing = first_rank_decides(lambda: open_store().prepare(len(shards)))
     store = open_store()  # on every rank, when the first has written what the folder is for
     if len(missing) < len(shards):

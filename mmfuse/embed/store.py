@@ -8,7 +8,6 @@ part-00000.json          written last: the shard, its number of samples, and mem
 """
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,6 @@ from torch import Tensor
 from mmfuse.errors import ConfigError, DataError
 from mmfuse.files import replacing, write_text
 from mmfuse.types import Fault
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -114,11 +111,9 @@ class EmbeddingStore:
         Raises:
             DataError: parts or samples are missing.
         """
-        facts = [_read_json(self._facts(number)) for number in range(parts)]
-        absent = [number for number, fact in enumerate(facts) if fact is None]
-        known = [fact for fact in facts if fact is not None]
+        known = [fact for number in range(parts) if (fact := _read_json(self._facts(number))) is not None]
         held = sum(fact["samples"] for fact in known)
-        if absent or held != samples:
+        if len(known) < parts or held != samples:
             raise DataError(
                 f"{self.folder}: has {len(known)} of {parts} parts and {held:,} of {samples:,} samples; start the "
                 "command again"

@@ -192,7 +192,8 @@ class AudioEncoder(PatchEncoder):
     def forward(self, inputs: Features) -> EncoderOutput:
         fbank = inputs["fbank"]
         # AST masks patches, not frames; its two class tokens are always real.
-        time_patches, mask = self._real_patches(inputs)
+        mask = self._real_patches(inputs)
+        time_patches = mask.shape[1]
         attention_mask = torch.cat([mask.new_ones(len(mask), 2), mask.repeat(1, self.frequency_patches)], dim=1)
         missing = (time_patches - 1) * self.time_stride + self.patch_size - fbank.shape[1]
         fbank = F.pad(fbank, (0, 0, 0, missing)).to(next(self.ast.parameters()).dtype)
@@ -204,8 +205,8 @@ class AudioEncoder(PatchEncoder):
 
     def patches(self, inputs: Features) -> tuple[Tensor, Tensor]:
         """Strips of as many frames as lie between the beginnings of two tokens, in all mel bins; one for each token."""
-        time_patches, mask = self._real_patches(inputs)
-        return self._strips(inputs["fbank"], time_patches).flatten(2).float(), mask
+        mask = self._real_patches(inputs)
+        return self._strips(inputs["fbank"], mask.shape[1]).flatten(2).float(), mask
 
     def hide(self, inputs: Features, hidden: Tensor) -> Features:
         fbank = inputs["fbank"]
@@ -216,12 +217,12 @@ class AudioEncoder(PatchEncoder):
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def _real_patches(self, inputs: Features) -> tuple[int, Tensor]:
-        """How many tokens there are in time, and bool `(n, tokens)` which are real: where the first frame is."""
+    def _real_patches(self, inputs: Features) -> Tensor:
+        """bool `(n, tokens in time)`: a token is real where its first frame is."""
         fbank, frames = inputs["fbank"], inputs["frames"]
         time_patches = min(math.ceil(fbank.shape[1] / self.time_stride), self.time_patches)
         starts = torch.arange(time_patches, device=frames.device) * self.time_stride
-        return time_patches, starts < frames[:, None]
+        return starts < frames[:, None]
 
     def _strips(self, fbank: Tensor, count: int) -> Tensor:
         """`(n, count, stride, mel)` of the first frames, padded with zeros."""

@@ -171,7 +171,8 @@ class ImageEncoder(PatchEncoder):
             global_pool="",  # every token instead of a pooled vector
             **{name: size for name, size in sizes.items() if size is not None},
         )
-        vit.set_grad_checkpointing(config.gradient_checkpointing)
+        if config.gradient_checkpointing:
+            vit.set_grad_checkpointing()
         self.vit: nn.Module = vit
         self.width = int(vit.num_features)
         self.image_size = config.image_size

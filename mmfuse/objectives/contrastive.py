@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term, every_pair
+from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term
 from mmfuse.objectives.pairs.candidates import CandidateConfig, Side
 from mmfuse.objectives.pairs.contrast import Pair, contrast
 
@@ -35,14 +35,21 @@ class Config(ObjectiveConfig):
 
     def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
         """Where pairs are named, each of them; of a group, one sample may hold the one side and another the other."""
-        named = {pair: frozenset(pair.split("-")) for pair, weight in (self.pairs or {}).items() if weight > 0}
-        across = self.positives == "group"
-        if not named:
-            return [Need(name, every_pair(modalities), across)]
-        return [Need(f"{name}.pairs.{pair}", (sides,), across) for pair, sides in named.items()]
+        across, pairs = self.positives == "group", list(self._pair_weights(modalities))
+        if self.pairs is None:
+            return [Need(name, tuple(map(frozenset, pairs)), across)]
+        return [Need(f"{name}.pairs.{'-'.join(pair)}", (frozenset(pair),), across) for pair in pairs]
 
     def build(self, model: ModelConfig, *, seed: int) -> "Contrastive":
-        every = {frozenset(pair): pair for pair in combinations(model.modalities, 2)}
+        return Contrastive(self._pair_weights(tuple(model.modalities)), self)
+
+    def _pair_weights(self, modalities: tuple[str, ...]) -> dict[tuple[str, str], float]:
+        """By pair, in the order of the modalities.
+
+        Raises:
+            ConfigError: an unknown pair, or none with a weight above 0.
+        """
+        every = {frozenset(pair): pair for pair in combinations(modalities, 2)}
         weights: dict[tuple[str, str], float] = dict.fromkeys(every.values(), 1.0)
         if self.pairs is not None:
             weights = {}
@@ -55,7 +62,7 @@ class Config(ObjectiveConfig):
         weights = {pair: weight for pair, weight in weights.items() if weight > 0}
         if not weights:
             raise ConfigError("objectives.contrastive needs two modalities and a pair with a weight above 0")
-        return Contrastive(weights, self)
+        return weights
 
 
 class Contrastive(Objective):

@@ -42,20 +42,15 @@ class LeaveOneOut(Objective):
         self.logit_scale = nn.Parameter(torch.full((num_modalities,), INITIAL_LOGIT_SCALE))
 
     def forward(self, inputs: StepInputs) -> dict[str, Term]:
-        batch, num_modalities = inputs.batch, len(inputs.encoded.embeddings)
+        batch = inputs.batch
         complete = batch.present.all(1)
         every = dict.fromkeys(batch.modalities, complete)
         fused = inputs.model.fuse(without_each(inputs.encoded.token_batch, every)).embedding
-        count = int(complete.sum())
-        mixed = (
-            [
-                part.new_zeros(len(complete), part.shape[-1]).index_copy(0, complete.nonzero()[:, 0], part)
-                for part in fused.split(count)
-            ]
-            if count
-            else [fused.new_zeros(len(complete), fused.shape[-1]) + fused.sum()] * num_modalities
-        )
-
+        rows = complete.nonzero()[:, 0]
+        mixed = [
+            part.new_zeros(len(complete), part.shape[-1]).index_copy(0, rows, part)
+            for part in fused.split([len(rows)] * len(every))
+        ]
         columns = dict(zip(batch.modalities, batch.present.unbind(1), strict=True))
         sides = {name: Side(embedding, columns[name]) for name, embedding in inputs.encoded.embeddings.items()}
         sides |= {f"without {name}": Side(part, complete) for name, part in zip(columns, mixed, strict=True)}

@@ -5,9 +5,10 @@ it and of the sample's other modalities.
 Shape legend: n members of this rank, P patches, v values of a patch, D width, m hidden patches.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mmfuse.distributed import sum_over_ranks, world_size
@@ -15,7 +16,7 @@ from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.modalities.base import PatchEncoder
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Objective, StepInputs, Term
+from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term
 from mmfuse.randomness import keyed_uniform
 from mmfuse.types import Batch, ModalityBatch
 
@@ -23,21 +24,36 @@ _LEAST_VARIANCE = 1e-6
 """As MAE: a patch of one colour has none."""
 
 
+class MaskedPatchesConfig(ObjectiveConfig):
+    """Settings of `masked_MODALITY`."""
+
+    modality: ClassVar[str]
+    mask_ratio: float = Field(gt=0, lt=1)
+
+    def needs(self, name: str, modalities: tuple[str, ...]) -> list[Need]:
+        return [Need(name, (frozenset({self.modality}),))]
+
+    def build(self, model: ModelConfig, *, seed: int) -> "MaskedPatches":
+        return MaskedPatches(self, model, seed=seed)
+
+
 class MaskedPatches(Objective):
     """Mean squared error over the values of each hidden patch, which are normalised by its own mean and deviation."""
 
-    def __init__(self, name: str, model: ModelConfig, *, modality: str, mask_ratio: float, seed: int) -> None:
+    def __init__(self, config: MaskedPatchesConfig, model: ModelConfig, *, seed: int) -> None:
         """Raises a ConfigError where the model lacks the modality, or its encoder has no patches."""
         super().__init__()
-        config = model.modality_configs.get(modality)
-        if config is None:
-            raise ConfigError(f"objectives.{name} needs the modality {modality}")
-        values = config.count_patch_values()
+        self.modality, self.mask_ratio = config.modality, config.mask_ratio
+        self.name = f"masked_{self.modality}"
+        self.seed = hash_int(seed, self.name)
+        encoded = model.modality_configs.get(self.modality)
+        if encoded is None:
+            raise ConfigError(f"objectives.{self.name} needs the modality {self.modality}")
+        values = encoded.count_patch_values()
         if values is None:
             raise ConfigError(
-                f"objectives.{name}: the encoder of modality {modality} has no patches that could be hidden"
+                f"objectives.{self.name}: the encoder of modality {self.modality} has no patches that could be hidden"
             )
-        self.name, self.modality, self.mask_ratio, self.seed = name, modality, mask_ratio, hash_int(seed, name)
         self.decoder = nn.Sequential(nn.Linear(model.width, model.width), nn.GELU(), nn.Linear(model.width, values))
 
     def forward(self, inputs: StepInputs) -> dict[str, Term]:
@@ -84,5 +100,6 @@ def _nothing(tokens_nPD: Tensor, *, rows: Tensor) -> _Hidden:
 
 def _normalise(patches_mv: Tensor) -> Tensor:
     """Each patch by its own mean and variance; MAE found that this makes better features."""
-    variance, mean = torch.var_mean(patches_mv, dim=1, keepdim=True)
-    return (patches_mv - mean) / (variance + _LEAST_VARIANCE).sqrt()
+    centred_mv = patches_mv - patches_mv.mean(1, keepdim=True)
+    variance = centred_mv.square().sum(1, keepdim=True) / (patches_mv.shape[1] - 1)  # torch.var warns where m is 0
+    return centred_mv / (variance + _LEAST_VARIANCE).sqrt()
