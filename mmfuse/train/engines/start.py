@@ -22,6 +22,7 @@ def start_engine(*, precision: Precision, accumulation: int) -> Engine:
     Raises:
         LaunchError: what started is not what was asked for. Three such failures are silent in the libraries.
     """
+    _load_extension()
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulation,
@@ -41,6 +42,7 @@ def join_ranks() -> torch.device:
     Raises:
         LaunchError: other processes started than were asked for.
     """
+    _load_extension()
     state = PartialState(cpu=not torch.cuda.is_available(), backend=_backend(), timeout=_LONG_TIMEOUT)
     _check_number(state.num_processes)
     assert state.device is not None
@@ -58,13 +60,24 @@ def _backend() -> str | None:
     return "gloo" if on_cpu and "WORLD_SIZE" in os.environ else None
 
 
+def _load_extension() -> None:
+    if _uses_deepspeed():
+        from mmfuse.train.engines.extension import load_cpu_extension  # its import alone takes seconds
+
+        load_cpu_extension()
+
+
+def _uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
 def _check_launch(accelerator: Accelerator) -> None:
     """Compares what runs with what the launcher promised."""
     _check_number(accelerator.num_processes)
     kind = accelerator.distributed_type
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise LaunchError("FSDP is not supported yet; use launch/accelerate/ddp.yaml, zero2.yaml or zero3.yaml")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and kind != DistributedType.DEEPSPEED:
+    if _uses_deepspeed() and kind != DistributedType.DEEPSPEED:
         raise LaunchError(f"asked for DeepSpeed, but Accelerate started {kind.value}")
 
 

@@ -1,0 +1,49 @@
+"""DeepSpeed's library for exchanges on the CPU, compiled so that a start that was killed does not stop the next."""
+
+import logging
+import os
+import platform
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import get_default_build_root
+
+from mmfuse.errors import LaunchError
+from mmfuse.files import locked
+
+logger = logging.getLogger(__name__)
+
+
+def load_cpu_extension() -> None:
+    """Loads `deepspeed_shm_comm` before DeepSpeed does, and compiles it where this is the first to; nothing on GPUs.
+
+    `torch.utils.cpp_extension` marks a build by a file `lock`, which a killed process leaves behind: every later start
+    then waits for it, in silence and for ever. So only one process at a time comes so far, by a lock that the kernel
+    frees with its owner, and whatever `lock` it meets belongs to nobody. The folder is of mmfuse alone, and of these
+    versions: other programs keep to torch's lock.
+
+    Raises:
+        LaunchError: it cannot be compiled.
+    """
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    if builder is None or accelerator.device_name() != "cpu":
+        return
+    versions = f"py{platform.python_version()}_torch{torch.__version__}_deepspeed{deepspeed.__version__}"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{get_default_build_root()}/mmfuse_{versions}"))
+    build = folder / builder.name
+    build.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        (build / "lock").unlink(missing_ok=True)
+        if not (build / f"{builder.name}.so").exists():
+            logger.info("DeepSpeed compiles a small library for the CPU, once: about a minute")
+        try:
+            builder.load()
+        except (RuntimeError, ImportError) as error:
+            raise LaunchError(
+                f"DeepSpeed cannot compile its library for the CPU in {build}: {error}. Install g++ and ninja, remove "
+                "that folder if it is damaged, or use the strategy ddp"
+            ) from error

@@ -1,0 +1,38 @@
+"""A start that is killed while DeepSpeed's library is compiled."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from distributed.launches import needs_compiler
+
+LOAD = "from mmfuse.train.engines.extension import load_cpu_extension as load; load()"
+
+
+def start_loading(folder: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of ninja
+    return subprocess.Popen([sys.executable, "-c", LOAD], env=environment)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_two_starts_after_a_kill_in_the_compiler_do_not_wait_for_the_lock_that_it_left(tmp_path: Path) -> None:
+    build = tmp_path / "deepspeed_shm_comm"
+    killed = start_loading(tmp_path)
+    while not (build / ".ninja_log").exists():
+        assert killed.poll() is None
+        time.sleep(0.02)
+    compiler = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()  # first: it frees its lock when the compiler fails
+    for process in compiler:
+        process.kill()
+    killed.wait()
+    assert (build / "lock").exists(), "the trap is gone: torch frees its lock"
+    again = [start_loading(tmp_path) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in again] == [0, 0]
+    assert not (build / "lock").exists()
