@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from mmfuse.cli_shards import add_shards
+from mmfuse.cli_shards import add_paths, add_shards
 from mmfuse.errors import CheckpointError, ConfigError, LaunchError, MmfuseError
 from mmfuse.log import set_up_logging
 from mmfuse.version import VERSION
@@ -67,7 +67,7 @@ def _add_eval(commands) -> None:
         "and report.json.",
         epilog="Example: mmfuse eval runs/quickstart/checkpoints/step_00000400",
     )
-    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder step_NNNNNNNN of a run")
+    _add_checkpoint(evaluate)
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="where the report goes (default: CHECKPOINT.evaluation)"
     )
@@ -88,15 +88,19 @@ def _add_embed(commands) -> None:
         epilog="Examples: mmfuse embed runs/quickstart data_shards/recipes/emoji_sample.yaml --split new_drawings "
         "--out embedded   mmfuse embed CHECKPOINT /data/pictures --out embedded --set evaluation.batch_size=512",
     )
-    embed.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder step_NNNNNNNN, or a run's folder")
-    embed.add_argument("paths", nargs="+", metavar="PATH", help="tars, folders, patterns, URLs, or one recipe")
+    _add_checkpoint(embed)
+    add_paths(embed)
     embed.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the embeddings go")
     embed.add_argument("--split", metavar="NAME", help="of the recipe (needed where it has several)")
-    embed.add_argument("--index-dir", type=Path, metavar="DIR", help="folder of the indexes, if not beside the tars")
     embed.add_argument("--layout", choices=("safetensors", "npy"), default="safetensors", help="form of the files")
     embed.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored numbers")
     _add_overrides(embed)
     embed.set_defaults(command=_embed)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    where = "a folder step_NNNNNNNN, or a run's folder"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=where)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmfuse.errors import DataError, MmfuseError
+from mmfuse.errors import MmfuseError
 
 T = TypeVar("T")
 
@@ -43,22 +43,21 @@ def raise_together(act: Callable[[], object] | None) -> None:
     """Calls `act` on the ranks that have one; what goes wrong on any of them ends all ranks, none waits for the dead.
 
     Raises:
-        DataError: the first rank's error, with the name of its host; of a single process its own error.
+        MmfuseError: the first rank's error; among several ranks with the name of its host.
     """
-    if world_size() == 1:
-        if act:
-            act()
-        return
     problem = None
     try:
         if act:
             act()
     except MmfuseError as error:
-        problem = f"{socket.gethostname()}: {error}"
-    problems: list[str | None] = [problem] * world_size()
-    dist.all_gather_object(problems, problem)
-    if found := next((problem for problem in problems if problem), None):
-        raise DataError(found)
+        if world_size() == 1:
+            raise
+        problem = type(error), f"{socket.gethostname()}: {error}"
+    problems: list[tuple[type[MmfuseError], str] | None] = [problem] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(problems, problem)
+    for error_class, text in filter(None, problems):
+        raise error_class(text)
 
 
 def first_rank_decides(act: Callable[[], T]) -> T:

@@ -34,12 +34,10 @@ class TrainingData:
         """Opens every source and plans, without reading a sample.
 
         Raises:
-            ConfigError, DataError: a source is missing, not indexed, or does not fit the run; or an objective needs
-                samples that none holds.
+            ConfigError, DataError: a source is missing, not indexed, or does not fit the run.
         """
         self.run = run
         self.sources = _open_sources(run)
-        _check_fed(run, self.sources)
         self.plan = self._build_plan(())
 
     def use_segments(self, segments: Sequence[WeightSegment], *, start: int) -> None:
@@ -156,8 +154,12 @@ def _open_sources(run: RunConfig) -> list[Source]:
     return [open_source(c, modalities=modalities, cache=cache, buckets=buckets) for c in run.data.train]
 
 
-def _check_fed(run: RunConfig, sources: list[Source]) -> None:
-    """Refuses an objective that would be 0 all the time."""
+def check_fed(run: RunConfig, sources: Sequence[Source]) -> None:
+    """Refuses an objective that would be 0 all the time.
+
+    Raises:
+        ConfigError: an objective needs samples that no source holds.
+    """
     held = {frozenset(present) for source in sources for present in source.count_by_modalities()}
     for name, config in run.objective_configs.items():
         for need in config.needs(name, tuple(run.model.modalities)):

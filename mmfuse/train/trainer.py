@@ -9,7 +9,7 @@ from mmfuse.hashing import hash_int
 from mmfuse.log import set_up_logging
 from mmfuse.randomness import seed_torch
 from mmfuse.task import Task
-from mmfuse.train.data import TrainingData
+from mmfuse.train.data import TrainingData, check_fed
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.engines.start import start_engine
 from mmfuse.train.environment import write_environment
@@ -36,6 +36,7 @@ def train(run: RunConfig) -> Path:
         for source in (*data.sources, *evaluator.sources.values()):
             source.check_shards()
     task = Task(run.model, run.objective_configs, seed=run.seed)
+    check_fed(run, data.sources)  # after the task, which knows better where the model lacks something
     _describe_start(run, engine, data, task)
 
     start = start_or_resume(run, engine, task, data)

@@ -19,7 +19,7 @@ def test_it_falls_on_a_repeated_batch(name):
     task = tiny_task([name], **changes_for(name))
     optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
     batch, losses = make_batch(BATCH), []
-    for _ in range(200):  # pixels of noise take most of them
+    for _ in range(200 if name == "masked_image" else 25):  # its target, pixels of noise, is learned by heart
         loss = task(batch).loss
         optimizer.zero_grad()
         loss.backward()
