@@ -21,9 +21,9 @@ from mmfuse.modalities.base import Processor
 from mmfuse.modalities.media.given import read_file
 from mmfuse.model.model import FusionModel
 from mmfuse.task import Task
-from mmfuse.train.checkpoint import RUN, find_checkpoint, load_weights, verify_checkpoint
+from mmfuse.train.checkpoint import find_checkpoint, load_stored_run, load_weights, verify_checkpoint
 from mmfuse.train.environment import find_device
-from mmfuse.train.run import RunConfig, load_run
+from mmfuse.train.run import RunConfig
 from mmfuse.types import Batch, Sample
 
 
@@ -121,7 +121,7 @@ def load(
     """
     folder = find_checkpoint(Path(checkpoint))
     verify_checkpoint(folder)
-    run = load_run(str(folder / RUN), overrides=overrides)
+    run = load_stored_run(folder, overrides=overrides)
     task = Task(run.model, run.objective_configs, seed=run.seed)
     load_weights(task, folder)
     return Embedder(folder, run, task.model, find_device(device))

@@ -3,65 +3,35 @@
 import functools
 import io
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Generator, Tensor, nn
-from transformers import ASTConfig, ASTModel
+from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 
-from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import ModalityConfig, PatchEncoder, Processor, masked_mean
 from mmfuse.modalities.media.given import sound_to_bytes
+from mmfuse.modalities.media.sound_augment import (
+    SPEED_STEPS,
+    AugmentConfig,
+    change_loudness,
+    mask_bands,
+    random_speed,
+)
 from mmfuse.modalities.media.sounds import FRAME_LENGTH_MS, FRAME_SHIFT_MS, log_mel, resample
 from mmfuse.modalities.media.spectrograms import VariableLengthEmbeddings
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus")
 
-_SPEED_STEPS = 20
 _LARGEST_KERNEL = 2**24
 _SPARE_SECONDS = 0.1
 """Decoded after a clip: the rest of its last frame, and what resampling looks ahead."""
-
-# Mean and twice the standard deviation of AudioSet's filter banks: the normalisation of ASTFeatureExtractor.
-AST_MEAN = -4.2677393
-AST_TWICE_STD = 2 * 4.5689974
-
-
-class AugmentConfig(Settings):
-    """Training-time transform, seeded by sample; applied in this order."""
-
-    speed: float = Field(default=0.1, ge=0, lt=0.5)
-    """Largest relative change of speed (and with it of pitch), in steps of 0.05; 0 turns it off."""
-    gain_db: float = Field(default=0.0, ge=0, le=60)
-    """Largest change of loudness, up or down, in dB; 0 turns it off."""
-    noise_snr_db: tuple[float, float] | None = None
-    """White noise at a signal-to-noise ratio between these two, in dB; null turns it off."""
-    time_mask: float = Field(default=0.1, ge=0, lt=1)
-    """SpecAugment (Park et al. 2019): longest masked stretch as a fraction of the real frames; 0 turns it off."""
-    num_time_masks: PositiveInt = 1
-    frequency_mask: float = Field(default=0.2, ge=0, lt=1)
-    """SpecAugment: widest masked band as a fraction of the mel bins; 0 turns it off."""
-    num_frequency_masks: PositiveInt = 1
-
-    @field_validator("speed")
-    @classmethod
-    def _check_step(cls, value: float) -> float:
-        if 0 < value < 1 / _SPEED_STEPS:
-            raise ValueError("expected 0, or at least one step of 0.05")
-        return value
-
-    @field_validator("noise_snr_db")
-    @classmethod
-    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value and not -40 <= value[0] <= value[1] <= 100:
-            raise ValueError("expected [lowest, highest] in dB, both between -40 and 100")
-        return value
 
 
 class Config(ModalityConfig):
@@ -73,7 +43,9 @@ class Config(ModalityConfig):
     """Length of a clip; shorter ones are padded and masked, longer ones cropped (at a seeded offset in training)."""
     num_mel_bins: PositiveInt = 64
     pretrained: str | None = None
-    """Local folder or hub id of an AST; the sizes below are then its own and must fit the clip."""
+    """Local folder or hub id of an AST; normalisation and the sizes below are then its own and must fit the clip."""
+    architecture: str | None = None
+    """The same without its weights."""
     patch_size: PositiveInt = 64
     """Side of the square patches, in mel bins and frames."""
     frequency_stride: PositiveInt = 64
@@ -87,12 +59,17 @@ class Config(ModalityConfig):
 
     @model_validator(mode="after")
     def _check_patches_fit(self) -> "Config":
-        if self.pretrained is None and self.patch_size > min(self.num_frames, self.num_mel_bins):
+        if self.named is None and self.patch_size > min(self.num_frames, self.num_mel_bins):
             raise ValueError(
                 f"patch_size = {self.patch_size} does not fit {self.num_frames} frames (clip_seconds = "
                 f"{self.clip_seconds}) of {self.num_mel_bins} mel bins"
             )
         return self
+
+    @property
+    def named(self) -> str | None:
+        """Where the sizes come from, if not from here."""
+        return self.pretrained or self.architecture
 
     @property
     def num_frames(self) -> int:
@@ -105,8 +82,16 @@ class Config(ModalityConfig):
     def build_encoder(self) -> "AudioEncoder":
         return AudioEncoder(self)
 
+    def save_files(self, folder: Path) -> None:
+        if self.named:
+            ASTConfig.from_pretrained(self.named).save_pretrained(folder)
+            _feature_extractor(self.named).save_pretrained(folder)
+
+    def with_files(self, folder: Path) -> Self:
+        return self.model_copy(update={"pretrained": None, "architecture": str(folder) if self.named else None})
+
     def count_patch_values(self) -> int:
-        stride = ASTConfig.from_pretrained(self.pretrained).time_stride if self.pretrained else self.time_stride
+        stride = ASTConfig.from_pretrained(self.named).time_stride if self.named else self.time_stride
         return stride * self.num_mel_bins
 
 
@@ -115,6 +100,7 @@ class AudioProcessor:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.mean, self.twice_std = _normalisation(config)
 
     def __call__(self, data: bytes, *, seed: int | None) -> Features:
         config = self.config
@@ -125,13 +111,13 @@ class AudioProcessor:
             raise SampleError(f"sound of {len(waveform)} values is shorter than one frame of {FRAME_LENGTH_MS} ms")
         waveform = waveform[: (config.num_frames - 1) * shift + window]
         if generator is not None:
-            waveform = _change_loudness(waveform, config.augment, generator)
+            waveform = change_loudness(waveform, config.augment, generator)
         fbank = log_mel(waveform, sample_rate=config.sample_rate, num_mel_bins=config.num_mel_bins)
         if not math.isfinite(fbank.sum()):  # `torch.isfinite` takes 40 times as long
             raise SampleError("the sound has values that are not finite, or too large", kind="not_finite")
-        fbank.sub_(AST_MEAN).div_(AST_TWICE_STD)
+        fbank.sub_(self.mean).div_(self.twice_std)
         if generator is not None:
-            _mask_bands(fbank, config.augment, generator)
+            mask_bands(fbank, config.augment, generator)
         return {"fbank": fbank}
 
     def to_bytes(self, value: Any) -> bytes:
@@ -159,8 +145,8 @@ class AudioProcessor:
                     surplus = sound.frames - longest
                     if surplus > 0:
                         sound.seek(int(torch.randint(surplus + 1, (), generator=generator)))
-                    faster = _random_speed(self.config.augment.speed, generator)
-                needed = int((clip_seconds * (1 + faster / _SPEED_STEPS) + _SPARE_SECONDS) * rate)
+                    faster = random_speed(self.config.augment.speed, generator)
+                needed = int((clip_seconds * (1 + faster / SPEED_STEPS) + _SPARE_SECONDS) * rate)
                 values = sound.read(min(needed, longest), dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise SampleError(f"not a readable WAV, FLAC, MP3, Ogg or Opus sound: {error}") from error
@@ -169,7 +155,7 @@ class AudioProcessor:
         # Not `mean`, which takes 7 times as long over two channels.
         mono = functools.reduce(torch.add, torch.from_numpy(values).unbind(1)) / values.shape[1]
         # By the ratio: torchaudio's kernel grows with both rates, 500 MB for 22,050 and 23,152 Hz.
-        return resample(resample(mono, rate, new_rate), _SPEED_STEPS + faster, _SPEED_STEPS)
+        return resample(resample(mono, rate, new_rate), SPEED_STEPS + faster, SPEED_STEPS)
 
 
 class AudioEncoder(PatchEncoder):
@@ -234,26 +220,34 @@ class AudioEncoder(PatchEncoder):
         return {"fbank": fbank, "frames": torch.ones(1, dtype=torch.int64, device=device)}
 
 
+def _normalisation(config: Config) -> tuple[float, float]:
+    """What is subtracted from the filter bank, and what it is divided by; AudioSet's for a model of our own.
+
+    Raises:
+        ConfigError: a pretrained model of another sample rate.
+    """
+    extractor = _feature_extractor(config.named) if config.named else ASTFeatureExtractor()
+    if config.named and extractor.sampling_rate != config.sample_rate:
+        raise ConfigError(f"audio: {config.named} needs sample_rate = {extractor.sampling_rate}")
+    return (extractor.mean, 2 * extractor.std) if extractor.do_normalize else (0.0, 1.0)
+
+
+def _feature_extractor(named: str) -> ASTFeatureExtractor:
+    """The model's own preprocessing; AudioSet's where it says nothing."""
+    try:
+        return ASTFeatureExtractor.from_pretrained(named)
+    except OSError:  # only weights and structure are there
+        return ASTFeatureExtractor()
+
+
 def _build_ast(config: Config) -> ASTModel:
+    shape = ASTConfig.from_pretrained(config.named) if config.named else _own_shape(config)
+    if (shape.max_length, shape.num_mel_bins) != (config.num_frames, config.num_mel_bins):
+        seconds, bins = shape.max_length * FRAME_SHIFT_MS / 1000, shape.num_mel_bins
+        raise ConfigError(f"audio: {config.named} needs clip_seconds = {seconds} and num_mel_bins = {bins}")
     if config.pretrained:
-        ast = ASTModel.from_pretrained(config.pretrained)
-        if (ast.config.max_length, ast.config.num_mel_bins) != (config.num_frames, config.num_mel_bins):
-            seconds, bins = ast.config.max_length * FRAME_SHIFT_MS / 1000, ast.config.num_mel_bins
-            raise ConfigError(f"audio: {config.pretrained} needs clip_seconds = {seconds} and num_mel_bins = {bins}")
-        return ast
-    ast = ASTModel(
-        ASTConfig(
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            intermediate_size=4 * config.hidden_size,
-            patch_size=config.patch_size,
-            frequency_stride=config.frequency_stride,
-            time_stride=config.time_stride,
-            max_length=config.num_frames,
-            num_mel_bins=config.num_mel_bins,
-        )
-    )
+        return ASTModel.from_pretrained(config.pretrained)
+    ast = ASTModel(shape)
     # transformers leaves these at 0, where the first norm makes gradients 10^6 times too large; the authors do this.
     embeddings = ast.embeddings
     for parameter in (embeddings.cls_token, embeddings.distillation_token, embeddings.position_embeddings):
@@ -261,39 +255,22 @@ def _build_ast(config: Config) -> ASTModel:
     return ast
 
 
+def _own_shape(config: Config) -> ASTConfig:
+    return ASTConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=4 * config.hidden_size,
+        patch_size=config.patch_size,
+        frequency_stride=config.frequency_stride,
+        time_stride=config.time_stride,
+        max_length=config.num_frames,
+        num_mel_bins=config.num_mel_bins,
+    )
+
+
 def _check_rate(rate: int, wanted: int) -> None:
     """Refuses rates that would take torchaudio's resampling minutes or all memory: 12 GB from 192,001 to 16,000 Hz."""
     kernel = math.lcm(rate, wanted) // math.gcd(rate, wanted)
     if kernel > _LARGEST_KERNEL:
         raise SampleError(f"sample rate of {rate} Hz has too little in common with {wanted} Hz; resample the file")
-
-
-def _random_speed(largest: float, generator: Generator) -> int:
-    """A relative change in twentieths: few ratios, so that torchaudio's resampling kernels stay small."""
-    steps = math.floor(largest * _SPEED_STEPS + 1e-6)
-    return int(torch.randint(2 * steps + 1, (), generator=generator)) - steps
-
-
-def _change_loudness(waveform: Tensor, augment: AugmentConfig, generator: Generator) -> Tensor:
-    """`waveform (values,)` louder or quieter, and with noise."""
-    if augment.gain_db:
-        gain_db = torch.empty(()).uniform_(-augment.gain_db, augment.gain_db, generator=generator)
-        waveform = waveform * 10 ** (float(gain_db) / 20)
-    if augment.noise_snr_db:
-        snr_db = float(torch.empty(()).uniform_(*augment.noise_snr_db, generator=generator))
-        # Of NumPy, on one thread: torch's sums depend on their number. In fp64, where squares do not overflow.
-        power = np.square(waveform.numpy(), dtype=np.float64).mean()
-        noise = torch.randn(len(waveform), generator=generator)
-        waveform = waveform + noise * math.sqrt(power / 10 ** (snr_db / 10))
-    return waveform
-
-
-def _mask_bands(fbank: Tensor, augment: AugmentConfig, generator: Generator) -> None:
-    """Sets stretches of frames and bands of bins of `fbank (frames, mel)` to the mean, 0 after normalising."""
-    bands = ((0, augment.num_time_masks, augment.time_mask), (1, augment.num_frequency_masks, augment.frequency_mask))
-    for dim, count, fraction in bands:
-        length = fbank.shape[dim]
-        for _ in range(count):
-            width = int(torch.randint(int(fraction * length) + 1, (), generator=generator))
-            start = int(torch.randint(length - width + 1, (), generator=generator))
-            fbank.narrow(dim, start, width).zero_()

@@ -12,7 +12,8 @@ Shape legend: n rows, L tokens, D width.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,13 @@ class ModalityConfig(Settings, ABC):
     @abstractmethod
     def build_encoder(self) -> Encoder:
         """The encoder with fresh or, where the settings say so, pretrained weights."""
+
+    def save_files(self, folder: Path) -> None:  # some name nothing
+        """Writes what the settings name and a hub holds, a tokenizer or a structure, to `folder`; weights excepted."""
+
+    def with_files(self, folder: Path) -> Self:
+        """The settings of a model that takes from `folder` what `save_files` wrote, and fresh weights."""
+        return self
 
     def count_patch_values(self) -> int | None:
         """How many values a patch of its `PatchEncoder` has; None where it is none."""

@@ -1,13 +1,15 @@
 """Image: JPEG, PNG or WebP -> uint8 pixels -> a timm Vision Transformer."""
 
 import functools
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, PositiveInt, model_validator
+from timm.models._hub import save_config_for_hf
 from torch import Generator, Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
@@ -54,7 +56,7 @@ class Config(ModalityConfig):
     """Any timm model with token features; without `pretrained` a ViT of the sizes given here."""
 
     architecture: str = "vit_tiny_patch16_224"
-    """timm's name of the model family; patch size and structure come from it."""
+    """timm's name of the model family, or `local-dir:FOLDER`; patch size, structure and normalisation come from it."""
     pretrained: str | Literal[True] | None = None
     """True for timm's own weights of `architecture` (from the hub), or a local checkpoint file."""
     image_size: PositiveInt = 96
@@ -72,6 +74,14 @@ class Config(ModalityConfig):
 
     def build_encoder(self) -> "ImageEncoder":
         return ImageEncoder(self)
+
+    def save_files(self, folder: Path) -> None:
+        with torch.device("meta"):
+            vit: Any = timm.create_model(self.architecture)
+        save_config_for_hf(vit, str(folder / "config.json"))
+
+    def with_files(self, folder: Path) -> Self:
+        return self.model_copy(update={"architecture": f"local-dir:{folder}", "pretrained": None})
 
     def count_patch_values(self) -> int | None:
         return _count_patch_values(self.architecture)

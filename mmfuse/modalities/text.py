@@ -2,7 +2,7 @@
 
 import codecs
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -36,6 +36,8 @@ class Config(ModalityConfig):
     """What lies behind this many bytes times `max_tokens` is not even tokenized: that costs 3 us a byte."""
     pretrained: str | None = None
     """Local folder or hub id of any `AutoModel` encoder; the sizes below are then its own."""
+    architecture: str | None = None
+    """The same without its weights."""
     vocab_size: PositiveInt = 8000
     """At least the tokenizer's length."""
     hidden_size: PositiveInt = 128
@@ -50,6 +52,15 @@ class Config(ModalityConfig):
 
     def build_encoder(self) -> "TextEncoder":
         return TextEncoder(self)
+
+    def save_files(self, folder: Path) -> None:
+        self.build_tokenizer().save_pretrained(folder)
+        if named := self.pretrained or self.architecture:
+            AutoConfig.from_pretrained(named).save_pretrained(folder)
+
+    def with_files(self, folder: Path) -> Self:
+        named = str(folder) if self.pretrained or self.architecture else None
+        return self.model_copy(update={"tokenizer": str(folder), "pretrained": None, "architecture": named})
 
     def build_tokenizer(self) -> Any:
         """The transformers tokenizer alone; masked language modelling needs its special ids."""
@@ -146,12 +157,15 @@ class TextEncoder(Encoder):
 
 def _build_transformer(config: Config) -> Any:
     """A transformer without its pooler: an unused parameter would stop DDP."""
-    if config.pretrained:
-        settings = AutoConfig.from_pretrained(config.pretrained)
+    if named := config.pretrained or config.architecture:
+        settings = AutoConfig.from_pretrained(named)
         for name, value in settings.to_dict().items():
             if "dropout" in name and isinstance(value, float):  # each family has its own names
                 setattr(settings, name, config.dropout)
-        transformer = AutoModel.from_pretrained(config.pretrained, config=settings)
+        if config.pretrained:
+            transformer = AutoModel.from_pretrained(config.pretrained, config=settings)
+        else:
+            transformer = AutoModel.from_config(settings)
         transformer.pooler = None  # not every family takes `add_pooling_layer`
         return transformer
     bert = BertConfig(

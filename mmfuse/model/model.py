@@ -4,7 +4,8 @@ Shape legend: B rows of the batch, n rows that have a modality, L tokens, D fusi
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,17 @@ class ModelConfig(Settings):
             assert isinstance(config, ModalityConfig)
             configs[name] = config
         return configs
+
+    def save_files(self, folder: Path) -> None:
+        """What the modalities' settings name only, in a folder for each; see `ModalityConfig.save_files`."""
+        for name, config in self.modality_configs.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            config.save_files(folder / name)
+
+    def with_files(self, folder: Path) -> Self:
+        """The settings of the same model without pretrained weights, that reads what `save_files` wrote."""
+        modalities = {name: config.with_files(folder / name) for name, config in self.modality_configs.items()}
+        return self.model_copy(update={"modalities": modalities})
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,28 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmfuse.errors import CheckpointError
+from mmfuse.model.model import ModelConfig
 from mmfuse.train.engines.base import PortableState
+from mmfuse.train.run import RunConfig, load_run
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """The folder of them within a run's."""
+MODALITIES = "modalities"
+"""The folder of `ModelConfig.save_files` within a run's, and its copy within each checkpoint."""
 MANIFEST, STATE, RUN = "manifest.json", "state.json", "run.yaml"
 _PREFIX, _TEMPORARY = "step_", ".tmp"
 
 
 def save_checkpoint(
-    root: Path, *, step: int, state: PortableState, facts: dict[str, Any], run_yaml: str, keep: int
+    root: Path, *, step: int, state: PortableState, facts: dict[str, Any], run_yaml: str, modalities: Path, keep: int
 ) -> Path:
-    """Writes `root/step_NNNNNNNN` and removes the oldest beyond `keep`. Rank 0 only."""
+    """Writes `root/step_NNNNNNNN` and removes the oldest beyond `keep`. Rank 0 only.
+
+    Args:
+        modalities: the folder of `ModelConfig.save_files`; with its copy a checkpoint alone is the whole model.
+    """
     final = root / f"{_PREFIX}{step:08d}"
     temporary = root / (final.name + _TEMPORARY)
     for leftover in root.glob(f"{_PREFIX}*{_TEMPORARY}"):  # of a run that was killed while it wrote
@@ -38,9 +47,11 @@ def save_checkpoint(
         save_file(tensors, temporary / f"{kind}.safetensors")
     (temporary / STATE).write_text(json.dumps({"step": step, **facts}, indent=1))
     (temporary / RUN).write_text(run_yaml)
-    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
-    for path in (*temporary.iterdir(), temporary):
+    shutil.copytree(modalities, temporary / MODALITIES)
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    fingerprints = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
+    (temporary / MANIFEST).write_text(json.dumps(fingerprints, indent=1))
+    for path in (*temporary.rglob("*"), temporary):
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
@@ -103,6 +114,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
         return json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: {STATE} is not readable: {error}") from error
+
+
+def load_stored_run(folder: Path, *, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run that wrote a checkpoint, with the model as the checkpoint holds it; see `stored_model`."""
+    run = load_run(str(folder / RUN), overrides=overrides)
+    return run.model_copy(update={"model": stored_model(run.model, folder)})
+
+
+def stored_model(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The settings of a run's model, with tokenizers and structures from its checkpoint: no hub is asked again."""
+    files = folder / MODALITIES
+    return model.with_files(files) if files.is_dir() else model  # checkpoints of earlier versions have none
 
 
 def load_weights(task: nn.Module, folder: Path) -> None:

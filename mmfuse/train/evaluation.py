@@ -19,11 +19,12 @@ from mmfuse.distributed import barrier, rank, world_size
 from mmfuse.evaluate.report import write_report
 from mmfuse.evaluate.retrieval import embed_set, evaluate_retrieval, summarize
 from mmfuse.files import write_text
+from mmfuse.model.model import ModelConfig
 from mmfuse.task import Task
-from mmfuse.train.checkpoint import RUN, load_weights, read_facts, verify_checkpoint
+from mmfuse.train.checkpoint import load_stored_run, load_weights, read_facts, verify_checkpoint
 from mmfuse.train.environment import write_environment
 from mmfuse.train.prefetch import copies_at_a_time, evaluation_uses, node_cache, prefetching
-from mmfuse.train.run import RunConfig, load_run
+from mmfuse.train.run import RunConfig
 from mmfuse.types import Batch, Fault
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,11 @@ Results = dict[str, dict[str, Any]]
 class Evaluator:
     """The opened validation sets of a run."""
 
-    def __init__(self, run: RunConfig, *, folder: Path | None = None) -> None:
+    def __init__(self, run: RunConfig, model: ModelConfig, *, folder: Path | None = None) -> None:
         """Opens them now, so that a missing one is known before the first step.
 
         Args:
+            model: the run's, or as a checkpoint has it.
             folder: who evaluates beside a run that may be alive names another folder, and is another user of the cache.
         """
         self.config, self.num_workers = run.evaluation, run.data.num_workers
@@ -48,7 +50,7 @@ class Evaluator:
             name: open_source(config, modalities=modalities, cache=self._node_cache(name))
             for name, config in run.data.validation.items()
         }
-        self.processors = {name: config.build_processor() for name, config in run.model.modality_configs.items()}
+        self.processors = {name: config.build_processor() for name, config in model.modality_configs.items()}
 
     def evaluate(self, task: Task, device: torch.device) -> Results:
         """Scores of every set; all ranks must call."""
@@ -135,11 +137,11 @@ def evaluate_checkpoint(
         CheckpointError: incomplete, damaged, or of another model.
     """
     verify_checkpoint(checkpoint, contents=True)
-    run = load_run(str(checkpoint / RUN), overrides=overrides)
+    run = load_stored_run(checkpoint, overrides=overrides)
     step = int(read_facts(checkpoint)["step"])
     folder = output or checkpoint.with_name(f"{checkpoint.name}.evaluation")
     write_environment(folder, run, strategy="evaluation")
-    evaluator = Evaluator(run, folder=folder)
+    evaluator = Evaluator(run, run.model, folder=folder)
     task = Task(run.model, run.objective_configs, seed=run.seed).to(device)
     evaluator.evaluate_step(task, device, step=0, folder=folder)
     load_weights(task, checkpoint)

@@ -3,19 +3,21 @@
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 from torch import nn
 
 from mmfuse.data.blend import WeightSegment
 from mmfuse.data.plan import DataPlan
-from mmfuse.distributed import barrier
+from mmfuse.distributed import barrier, first_rank_decides, rank
 from mmfuse.errors import CheckpointError
+from mmfuse.model.model import ModelConfig
 from mmfuse.train.checkpoint import (
     CHECKPOINTS,
+    MODALITIES,
     RUN,
     complete_checkpoints,
     load_portable_state,
@@ -35,15 +37,13 @@ logger = logging.getLogger(__name__)
 _MESSAGE_CHARACTERS = 300
 
 
-def start_or_resume(run: RunConfig, engine: Engine, task: nn.Module, data: TrainingData) -> int:
-    """Distributes the task, with the newest checkpoint's weights and moments if there is one; returns the next step.
+def start_or_resume(
+    run: RunConfig, engine: Engine, task: nn.Module, data: TrainingData, checkpoint: Path | None
+) -> int:
+    """Distributes the task, with the checkpoint's weights and moments if there is one; returns the next step.
 
     The data goes on with the weights of its sources that the checkpoint recorded; those of the run hold from here.
-
-    Raises:
-        CheckpointError: the folder holds a checkpoint of a run that differs in what must not change.
     """
-    checkpoint = _newest_checkpoint(run, engine, data.plan.identity())
     if checkpoint:
         load_weights(task, checkpoint)  # before wrapping: low-precision copies are made there
     rows = math.ceil(run.train.global_batch / run.train.accumulation / engine.world_size)
@@ -75,20 +75,26 @@ def save(run: RunConfig, engine: Engine, plan: DataPlan, *, step: int) -> None:
             state=state,
             facts=facts,
             run_yaml=yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False),
+            modalities=run.folder / MODALITIES,
             keep=run.train.keep_checkpoints,
         )
     barrier()
 
 
-def _newest_checkpoint(run: RunConfig, engine: Engine, identity: dict[str, Any]) -> Path | None:
-    """The newest complete checkpoint of this run; rank 0 looks, so that all ranks see the same."""
-    found: list[Path | None] = [None]
-    if engine.rank == 0:
+def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint of this run; rank 0 looks, so that all ranks see the same.
+
+    Args:
+        identity: of the data plan.
+    Raises:
+        CheckpointError: the run's folder holds a checkpoint of a run that differs in what must not change.
+    """
+
+    def find() -> Path | None:
         candidates = reversed(complete_checkpoints(run.folder / CHECKPOINTS))
-        found = [next((folder for folder in candidates if _is_undamaged(folder)), None)]
-    if engine.world_size > 1:
-        dist.broadcast_object_list(found, src=0)
-    checkpoint = found[0]
+        return next((folder for folder in candidates if _is_undamaged(folder)), None)
+
+    checkpoint = first_rank_decides(find)
     if checkpoint is None:
         return None
     changed = changed_settings(load_run(str(checkpoint / RUN)), run)
@@ -108,6 +114,13 @@ def _newest_checkpoint(run: RunConfig, engine: Engine, identity: dict[str, Any])
             + "\n  ".join(changed)
         )
     return checkpoint
+
+
+def write_model_files(folder: Path, model: ModelConfig) -> None:
+    """Rank 0 keeps in the run's folder what every checkpoint will hold of the model beside its weights."""
+    if rank() == 0:
+        shutil.rmtree(folder / MODALITIES, ignore_errors=True)
+        model.save_files(folder / MODALITIES)
 
 
 def _flatten(identity: dict[str, Any]) -> dict[str, Any]:

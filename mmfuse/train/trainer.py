@@ -9,6 +9,7 @@ from mmfuse.hashing import hash_int
 from mmfuse.log import set_up_logging
 from mmfuse.randomness import seed_torch
 from mmfuse.task import Task
+from mmfuse.train.checkpoint import stored_model
 from mmfuse.train.data import TrainingData, check_fed
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.engines.start import start_engine
@@ -16,7 +17,7 @@ from mmfuse.train.environment import write_environment
 from mmfuse.train.evaluation import Evaluator
 from mmfuse.train.metrics import MetricsWriter
 from mmfuse.train.optim import learning_rate_factor, set_learning_rate
-from mmfuse.train.resume import save, start_or_resume
+from mmfuse.train.resume import newest_checkpoint, save, start_or_resume, write_model_files
 from mmfuse.train.run import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -31,16 +32,20 @@ def train(run: RunConfig) -> Path:
     engine = start_engine(precision=run.train.precision, accumulation=run.train.accumulation)
     set_up_logging(rank=engine.rank)
     run.check_world_size(engine.world_size)
-    data, evaluator = TrainingData(run), Evaluator(run)
+    data = TrainingData(run)
+    checkpoint = newest_checkpoint(run, data.plan.identity())
+    model = stored_model(run.model, checkpoint) if checkpoint else run.model
+    evaluator = Evaluator(run, model)
     if engine.rank == 0:  # once a run: a rank looks at each shard again when it opens it
         for source in (*data.sources, *evaluator.sources.values()):
             source.check_shards()
-    task = Task(run.model, run.objective_configs, seed=run.seed)
+    task = Task(model, run.objective_configs, seed=run.seed)
     check_fed(run, data.sources)  # after the task, which knows better where the model lacks something
     _describe_start(run, engine, data, task)
 
-    start = start_or_resume(run, engine, task, data)
+    start = start_or_resume(run, engine, task, data, checkpoint)
     write_environment(run.folder, run, strategy=engine.name)
+    write_model_files(run.folder, model)
     evaluator.forget_after(start, folder=run.folder)
     if start == 0:
         evaluator.evaluate_step(task, engine.device, step=0, folder=run.folder)

@@ -46,6 +46,22 @@ def test_members_become_rows_and_rows_become_tokens(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_from_its_files_comes_the_same_encoder_and_the_same_preprocessing(name, tmp_path):
+    config = find_plugin("mmfuse.modalities", name).Config()
+    config.save_files(tmp_path)
+    again = config.with_files(tmp_path)
+    processors, encoders = (
+        [c.build_processor() for c in (config, again)],
+        [c.build_encoder() for c in (config, again)],
+    )
+    first, second = (p.collate([p(data, seed=None) for data in MEMBERS[name]]) for p in processors)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    outputs = [encoder.eval()(first) for encoder in encoders]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_takes_part(name):
     encoder = find_plugin("mmfuse.modalities", name).Config().build_encoder()
     output = encoder(encoder.minimal_inputs(torch.device("cpu")))

@@ -35,7 +35,11 @@ def save(root: Path, step: int, *, keep: int = 9) -> Path:
     weights = weights_of(make_model(step))
     moments = {name: torch.full_like(tensor, step) for name, tensor in weights.items()}
     state = {"model": weights, "exp_avg": moments, "exp_avg_sq": moments}
-    return save_checkpoint(root, step=step, state=state, facts={"plan": {"seed": 3}}, run_yaml="name: x\n", keep=keep)
+    files = root.parent / "modalities"
+    (files / "text").mkdir(parents=True, exist_ok=True)
+    (files / "text" / "config.json").write_text("{}")
+    facts, run_yaml = {"plan": {"seed": 3}}, "name: x\n"
+    return save_checkpoint(root, step=step, state=state, facts=facts, run_yaml=run_yaml, modalities=files, keep=keep)
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_without_a_whole_manifest_it_is_no_checkpoint(tmp_path: Path, text: str 
     assert str(folder) in caplog.text
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "exp_avg.safetensors", STATE, RUN])
+@pytest.mark.parametrize("name", ["model.safetensors", "modalities/text/config.json", STATE, RUN])
 def test_a_missing_or_cut_off_file_is_named_and_the_checkpoint_not_taken(tmp_path: Path, name: str) -> None:
     older, folder = save(tmp_path, 1), save(tmp_path, 2)
     whole = (folder / name).read_bytes()
