@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from torch import Generator, Tensor, nn
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 
 from mmfuse.errors import ConfigError, SampleError
-from mmfuse.modalities.base import ModalityConfig, PatchEncoder, Processor, masked_mean
+from mmfuse.modalities.base import ModalityConfig, PatchEncoder, Processor, find_layers, masked_mean
 from mmfuse.modalities.media.given import sound_to_bytes
 from mmfuse.modalities.media.sound_augment import (
     SPEED_STEPS,
@@ -214,6 +215,9 @@ class AudioEncoder(PatchEncoder):
         """`(n, count, stride, mel)` of the first frames, padded with zeros."""
         length = count * self.time_stride
         return F.pad(fbank[:, :length], (0, 0, 0, max(0, length - fbank.shape[1]))).unflatten(1, (count, -1))
+
+    def layers(self) -> Sequence[nn.Module]:
+        return find_layers(self.ast, self.ast.config.num_hidden_layers)
 
     def minimal_inputs(self, device: torch.device) -> Features:
         fbank = torch.zeros(1, 1, self.num_mel_bins, device=device)

@@ -6,19 +6,24 @@ A file `mmfuse/modalities/NAME.py` has three names at its top level:
     class Config            its settings; builds its processor and its encoder
     (whatever it likes)     the processor and the encoder themselves
 
-What would not fit into one file lies in `media/`, which has no `__init__.py`, so that no run takes it for a modality.
+What would not fit into one file lies in `media/` and `adaptation/`, which have no `__init__.py`, so that no run takes
+them for a modality.
 
 Shape legend: n rows, L tokens, D width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
+from pydantic import NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from mmfuse.config import Settings
+from mmfuse.errors import ConfigError
+from mmfuse.modalities.adaptation.lora import LoraConfig, add_lora
 from mmfuse.types import EncoderOutput, Features
 
 
@@ -62,6 +67,21 @@ class Encoder(nn.Module):
         """One cheapest possible row: what a rank without this modality runs, so that all ranks make the same calls."""
         raise NotImplementedError
 
+    def layers(self) -> Sequence[nn.Module]:
+        """The repeated ones, first to last; empty where an encoder has none."""
+        return ()
+
+    def depths(self) -> dict[str, int]:
+        """By parameter: 0 before the first layer, 1 for the first, one more than there are behind the last."""
+        layers = self.layers()
+        within = {id(p): depth for depth, layer in enumerate(layers, start=1) for p in layer.parameters()}
+        depths, outside = {}, 0
+        for name, parameter in self.named_parameters():
+            depths[name] = within.get(id(parameter), outside)
+            if id(parameter) in within:
+                outside = len(layers) + 1
+        return depths
+
 
 class PatchEncoder(Encoder):
     """An encoder whose inputs fall into patches, each of which has its own token: `masked_image` hides some.
@@ -90,6 +110,17 @@ class ModalityConfig(Settings, ABC):
     gradient_checkpointing: bool = False
     """Keep each layer's input alone and compute the rest again in backward: far less memory, a third more time."""
 
+    frozen_layers: NonNegativeInt | Literal["all"] = 0
+    """How many of the encoder's first layers keep their weights, with all that is before them."""
+    lora: LoraConfig | None = None
+    """Null: the weights themselves are trained."""
+
+    @model_validator(mode="after")
+    def _check_trained(self) -> Self:
+        if self.lora and self.frozen_layers:
+            raise ValueError(f"lora keeps all weights of the encoder: frozen_layers = {self.frozen_layers} says less")
+        return self
+
     @abstractmethod
     def build_processor(self) -> Processor:
         """The processor of loader workers."""
@@ -97,6 +128,26 @@ class ModalityConfig(Settings, ABC):
     @abstractmethod
     def build_encoder(self) -> Encoder:
         """The encoder with fresh or, where the settings say so, pretrained weights."""
+
+    def build_trained_encoder(self) -> Encoder:
+        """The encoder, of which `lora` and `frozen_layers` leave some or all parameters without gradient.
+
+        Raises:
+            ConfigError: it has fewer layers, or none where LoRA could learn, or peft is missing.
+        """
+        encoder = self.build_encoder()
+        if self.lora:
+            add_lora(encoder, encoder.layers(), self.lora)
+        elif self.frozen_layers == "all":
+            encoder.requires_grad_(False)
+        elif self.frozen_layers:
+            num_layers = len(encoder.layers())
+            if self.frozen_layers > num_layers:
+                raise ConfigError(f"frozen_layers = {self.frozen_layers}, but the encoder has {num_layers} layers")
+            depths = encoder.depths()
+            for name, parameter in encoder.named_parameters():
+                parameter.requires_grad_(depths[name] > self.frozen_layers)
+        return encoder
 
     def save_files(self, folder: Path) -> None:  # some name nothing
         """Writes what the settings name and a hub holds, a tokenizer or a structure, to `folder`; weights excepted."""
@@ -108,6 +159,12 @@ class ModalityConfig(Settings, ABC):
     def count_patch_values(self) -> int | None:
         """How many values a patch of its `PatchEncoder` has; None where it is none."""
         return None
+
+
+def find_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
+    """The first list of so many modules: where families of transformers keep their layers, whatever they call it."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    return list(next(lists, ()))
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:

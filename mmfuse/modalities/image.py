@@ -1,6 +1,7 @@
 """Image: JPEG, PNG or WebP -> uint8 pixels -> a timm Vision Transformer."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -224,6 +225,9 @@ class ImageEncoder(PatchEncoder):
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         return (pixels.float() - self.mean.float()) / self.std.float()
+
+    def layers(self) -> Sequence[nn.Module]:
+        return list(getattr(self.vit, "blocks", ()))  # so in all ViTs of timm
 
     def minimal_inputs(self, device: torch.device) -> Features:
         return {"pixels": torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device)}

@@ -1,17 +1,18 @@
 """Text: UTF-8 -> WordPiece ids -> a BERT-style encoder from transformers."""
 
 import codecs
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
-from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, masked_mean
+from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, find_layers, masked_mean
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("txt",)
@@ -149,6 +150,9 @@ class TextEncoder(Encoder):
         tokens = self.bert(input_ids=inputs["input_ids"], attention_mask=mask.long()).last_hidden_state
         pooled = tokens[:, 0] if self.pooling == "cls" else masked_mean(tokens, mask)
         return EncoderOutput(tokens, mask, pooled)
+
+    def layers(self) -> Sequence[nn.Module]:
+        return find_layers(self.bert, self.bert.config.num_hidden_layers)
 
     def minimal_inputs(self, device: torch.device) -> Features:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=device)

@@ -72,7 +72,7 @@ class FusionModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.modalities = tuple(config.modalities)
-        encoders = {name: modality.build_encoder() for name, modality in config.modality_configs.items()}
+        encoders = {name: modality.build_trained_encoder() for name, modality in config.modality_configs.items()}
         widths = {name: encoder.width for name, encoder in encoders.items()}
         self.encoders = nn.ModuleDict(encoders)
         # Only the fusion uses them; a parameter without a gradient would stop DDP.

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 
 from mmfuse.config import Settings
+from mmfuse.modalities.base import Encoder
 
 
 class OptimizerConfig(Settings):
@@ -15,7 +16,10 @@ class OptimizerConfig(Settings):
     learning_rate: PositiveFloat = 5e-4
     """Peak, of the modules that start from nothing: fusion, projections, heads, objectives."""
     encoder_learning_rate: PositiveFloat = 1e-4
-    """Peak, of the encoders."""
+    """Peak, of the encoders' last layers."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each layer of an encoder learns at this times the rate of the one above it; 0.75 is usual after `pretrained`
+    (BEiT, Bao et al. 2021, arXiv 2106.08254)."""
     warmup_steps: NonNegativeInt = 100
     final_fraction: float = Field(default=0.01, ge=0, le=1)
     """Where the cosine ends, relative to the peak."""
@@ -37,26 +41,40 @@ def learning_rate_factor(step: int, *, config: OptimizerConfig, total_steps: int
 
 
 def build_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over parameter groups; each group remembers its peak as `peak_lr`."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """AdamW over groups of the parameters that are trained; each group remembers its peak as `peak_lr`."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    encoder_rates = _encoder_rates(task, config)
     embeddings = {id(p) for m in task.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     for name, parameter in task.named_parameters():
-        is_encoder = name.startswith("model.encoders.")
+        if not parameter.requires_grad:
+            continue
+        peak = encoder_rates.get(id(parameter), config.learning_rate)
         decays = parameter.ndim >= 2 and id(parameter) not in embeddings
-        groups.setdefault((is_encoder, decays and not _is_position_or_token(name)), []).append(parameter)
+        groups.setdefault((peak, decays and not _is_position_or_token(name)), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
                 "weight_decay": config.weight_decay if decays else 0.0,
-                "peak_lr": config.encoder_learning_rate if is_encoder else config.learning_rate,
+                "peak_lr": peak,
             }
-            for (is_encoder, decays), parameters in groups.items()
+            for (peak, decays), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
     )
+
+
+def _encoder_rates(task: nn.Module, config: OptimizerConfig) -> dict[int, float]:
+    """Peak by identity of each parameter of an encoder."""
+    rates = {}
+    for encoder in (module for module in task.modules() if isinstance(module, Encoder)):
+        depths, last = encoder.depths(), len(encoder.layers()) + 1
+        for name, parameter in encoder.named_parameters():
+            above = max(0, last - 1 - depths[name])  # what is behind the last layer learns as the last layer
+            rates[id(parameter)] = config.encoder_learning_rate * config.layer_decay**above
+    return rates
 
 
 def _is_position_or_token(name: str) -> bool:

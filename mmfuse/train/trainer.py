@@ -107,13 +107,15 @@ def check_finite(numbers: dict[str, float], *, step: int) -> None:
 
 def _describe_start(run: RunConfig, engine: Engine, data: TrainingData, task: Task) -> None:
     parameters = sum(parameter.numel() for parameter in task.parameters())
+    trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
     samples = ", ".join(f"{source.name} ({len(source):,} samples)" for source in data.sources)
     logger.info(
-        "run %s: %s, world size %d (%s); %.1f M parameters; %s",
+        "run %s: %s, world size %d (%s); %.1f M parameters, %.1f M of them trained; %s",
         run.name,
         engine.name,
         engine.world_size,
         engine.device,
         parameters / 1e6,
+        trained / 1e6,
         samples,
     )

@@ -7,7 +7,7 @@ from helpers import picture_bytes, sound_bytes
 from PIL import Image
 
 from mmfuse.config import find_plugin, plugin_names
-from mmfuse.errors import SampleError
+from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, PatchEncoder
 
 NAMES = plugin_names("mmfuse.modalities")
@@ -121,3 +121,50 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(name):
         gradients.append([parameter.grad for parameter in encoder.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0])
     assert kept[1] < 0.6 * kept[0], kept
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_changes_what_an_encoder_gives_and_nothing_else_of_it_learns(name):
+    module = find_plugin("mmfuse.modalities", name)
+    processor = module.Config().build_processor()
+    inputs = processor.collate([processor(data, seed=None) for data in MEMBERS[name]])
+    torch.manual_seed(0)
+    plain = module.Config().build_trained_encoder().eval()
+    torch.manual_seed(0)
+    encoder = module.Config(lora={"rank": 2}).build_trained_encoder()
+    torch.testing.assert_close(encoder.eval()(inputs).pooled, plain(inputs).pooled, rtol=0, atol=1e-6)  # zero at first
+
+    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
+    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    for _ in range(2):  # the first moves one factor of each change, the second the other too
+        optimizer.zero_grad()
+        encoder.train()(inputs).pooled.square().sum().backward()
+        assert all(parameter.grad is not None for parameter in trained.values())
+        optimizer.step()
+    assert (encoder.eval()(inputs).pooled - plain(inputs).pooled).abs().max() > 1e-3
+    changed = {name for name, parameter in encoder.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {name for name in trained if ".lora_B" in name} <= changed <= trained.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_layers_and_all_that_is_before_them_have_no_gradient(name):
+    module = find_plugin("mmfuse.modalities", name)
+    num_layers = len(module.Config().build_encoder().layers())
+    assert num_layers > 1
+    encoder = module.Config(frozen_layers=1).build_trained_encoder()
+    inputs = encoder.minimal_inputs(torch.device("cpu"))
+    output = encoder(inputs)
+    (output.tokens.sum() + output.pooled.sum()).backward()
+    depths = encoder.depths()
+    assert set(depths.values()) >= {0, 1, 2, num_layers}
+    assert {name for name, p in encoder.named_parameters() if p.grad is None} == {
+        n for n, d in depths.items() if d <= 1
+    }
+    everything = module.Config(frozen_layers="all").build_trained_encoder()
+    assert not any(parameter.requires_grad for parameter in everything.parameters())
+    with pytest.raises(ConfigError, match=f"frozen_layers = 99, but the encoder has {num_layers} layers"):
+        module.Config(frozen_layers=99).build_trained_encoder()
+    with pytest.raises(ValueError, match="lora keeps all weights"):
+        module.Config(frozen_layers=1, lora={})

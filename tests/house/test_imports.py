@@ -26,6 +26,7 @@ ONLY_IN = {
     "timm": "mmfuse/modalities",
     "transformers": "mmfuse/modalities",
     "torchaudio": "mmfuse/modalities",
+    "peft": "mmfuse/modalities",
     "webdataset": "mmfuse/data",
     "accelerate": "mmfuse/train/engines",
     "deepspeed": "mmfuse/train/engines",

@@ -1,6 +1,7 @@
 """What the trainer asks of an engine."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -34,6 +35,10 @@ class Engine(ABC):
     """The unwrapped task: for evaluation and names."""
     optimizer: torch.optim.Optimizer
 
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those with gradient, by name; the others never change and have no moments."""
+        return ((name, parameter) for name, parameter in self.task.named_parameters() if parameter.requires_grad)
+
     @abstractmethod
     def wrap(
         self, task: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float | None, rank_rows: int
@@ -57,7 +62,8 @@ class Engine(ABC):
 
     @abstractmethod
     def export_state(self) -> tuple[PortableState, int]:
-        """Weights and Adam's moments for a portable checkpoint, and Adam's step count. All ranks must call."""
+        """All weights and, of the trained ones, Adam's moments for a portable checkpoint, and Adam's step count; all
+        ranks must call."""
 
     @abstractmethod
     def import_moments(self, state: PortableState, adam_steps: int) -> None:

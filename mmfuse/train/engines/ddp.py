@@ -39,7 +39,7 @@ class DdpEngine(Engine):
         return norm
 
     def export_state(self) -> tuple[PortableState, int]:
-        moments = {name: self.optimizer.state[p] for name, p in self.task.named_parameters()}
+        moments = {name: self.optimizer.state[p] for name, p in self.trained_parameters()}
         adam_steps = int(next(iter(moments.values()))["step"])
         if self.rank != 0:
             return {}, adam_steps
@@ -49,7 +49,7 @@ class DdpEngine(Engine):
         return state, adam_steps
 
     def import_moments(self, state: PortableState, adam_steps: int) -> None:
-        for name, parameter in self.task.named_parameters():
+        for name, parameter in self.trained_parameters():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(adam_steps)),
                 **{kind: state[kind][name].to(parameter.device) for kind in ("exp_avg", "exp_avg_sq")},

@@ -40,6 +40,9 @@ class DeepSpeedEngine(Engine):
         self, task: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float | None, rank_rows: int
     ) -> None:
         self.task = task
+        # Kept apart: bf16 would shorten them, and stage 3 cuts them into parts.
+        frozen = {name: p for name, p in task.named_parameters() if self.rank == 0 and not p.requires_grad}
+        self.frozen = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in frozen.items()}
         self.config |= {
             # `auto` needs a prepared loader, which we must not have; it only feeds DeepSpeed's own throughput log.
             "train_micro_batch_size_per_gpu": rank_rows,
@@ -64,8 +67,8 @@ class DeepSpeedEngine(Engine):
 
     def export_state(self) -> tuple[PortableState, int]:
         self._link_moments()
-        state: PortableState = {"model": {}, **{kind: {} for kind in _MOMENTS}}
-        for name, parameter in self.task.named_parameters():
+        state: PortableState = {"model": {**self.frozen}, **{kind: {} for kind in _MOMENTS}}
+        for name, parameter in self.trained_parameters():
             shape = parameter.ds_shape if self.stage == 3 else parameter.shape  # type: ignore[attr-defined]
             tensors = {"model": safe_get_full_fp32_param(parameter)}
             tensors |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in _MOMENTS}
@@ -87,7 +90,7 @@ class DeepSpeedEngine(Engine):
                 **{k: torch.zeros_like(flat) for k in _MOMENTS},
             }
         self._link_moments()
-        for name, parameter in self.task.named_parameters():
+        for name, parameter in self.trained_parameters():
             tensors = {kind: state[kind][name].to(self.device) for kind in ("model", *_MOMENTS)}
             if self.stage < 3:
                 safe_set_full_fp32_param(parameter, tensors["model"])

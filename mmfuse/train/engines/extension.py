@@ -2,16 +2,15 @@
 
 import logging
 import os
-import platform
+import sys
 from pathlib import Path
 
-import deepspeed
-import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
 from mmfuse.errors import LaunchError
 from mmfuse.files import locked
+from mmfuse.hashing import hash_int
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +20,8 @@ def load_cpu_extension() -> None:
 
     `torch.utils.cpp_extension` marks a build by a file `lock`, which a killed process leaves behind: every later start
     then waits for it, in silence and for ever. So only one process at a time comes so far, by a lock that the kernel
-    frees with its owner, and whatever `lock` it meets belongs to nobody. The folder is of mmfuse alone, and of these
-    versions: other programs keep to torch's lock.
+    frees with its owner, and whatever `lock` it meets belongs to nobody. The folder is of mmfuse alone, for others keep
+    to torch's lock; and of this environment, for two that share one would compile by turns.
 
     Raises:
         LaunchError: it cannot be compiled.
@@ -32,8 +31,8 @@ def load_cpu_extension() -> None:
     builder = accelerator.create_op_builder("ShareMemCommBuilder")
     if builder is None or accelerator.device_name() != "cpu":
         return
-    versions = f"py{platform.python_version()}_torch{torch.__version__}_deepspeed{deepspeed.__version__}"
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{get_default_build_root()}/mmfuse_{versions}"))
+    own = f"{get_default_build_root()}/mmfuse_{hash_int(sys.prefix):016x}"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", own))
     build = folder / builder.name
     build.mkdir(parents=True, exist_ok=True)
     with locked(folder):

@@ -54,6 +54,24 @@ def test_every_parameter_is_in_one_group_with_its_own_peak_and_decay(task: Task)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.2}
 
 
+def test_each_layer_of_an_encoder_learns_slower_than_the_one_above_it(tmp_path) -> None:
+    path = write_tiny_run(tmp_path, "emoji_sample", modalities=ALL)
+    run = load_run(str(path), overrides=[f"model.modalities.{name}.num_layers=3" for name in ALL])
+    task = Task(run.model, run.objective_configs, seed=0)
+    optimizer = build_optimizer(task, OptimizerConfig(encoder_learning_rate=0.8, layer_decay=0.5, learning_rate=0.3))
+    rates = {id(p): group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    seen: dict[float, set[str]] = {}
+    for name, parameter in task.named_parameters():
+        seen.setdefault(rates[id(parameter)], set()).add(name.removeprefix("model.encoders."))
+    assert {"text.bert.embeddings.word_embeddings.weight", "image.vit.pos_embed"} < seen[0.1]
+    assert "audio.ast.embeddings.position_embeddings" in seen[0.1]
+    assert {"text.bert.encoder.layer.0.output.dense.weight", "image.vit.blocks.0.mlp.fc1.bias"} < seen[0.2]
+    assert {"image.vit.blocks.1.norm1.weight", "image.vit.blocks.1.mlp.fc1.bias"} < seen[0.4]
+    assert {"image.vit.blocks.2.mlp.fc1.bias", "image.vit.norm.weight", "audio.ast.layernorm.weight"} < seen[0.8]
+    assert all(name.startswith(("model.heads", "objectives.")) for name in seen.pop(0.3))
+    assert seen.keys() == {0.1, 0.2, 0.4, 0.8}
+
+
 def test_setting_the_rate_keeps_the_ratio_of_the_groups(task: Task) -> None:
     optimizer = build_optimizer(task, OptimizerConfig(learning_rate=3e-3, encoder_learning_rate=1e-3))
     set_learning_rate(optimizer, 0.5)
