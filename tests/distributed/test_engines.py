@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.launches import (
     TOLERANCE,
     ZERO2,
@@ -18,6 +19,8 @@ from distributed.launches import (
     write_run,
     write_sparse_shards,
 )
+
+from mmfuse.train.checkpoint import find_checkpoint, load_portable_state
 
 STEPS = 20
 
@@ -86,3 +89,21 @@ def test_a_checkpoint_goes_on_under_other_strategies_and_world_sizes(run, finish
         assert f"written by {writer} ranks" in log
     assert read_samples(output) == read_samples(finished("cpu"))
     assert read_losses(output) == pytest.approx(read_losses(finished("cpu")), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_frozen_layers_lora_and_layer_decay_under_every_engine(run):
+    settings = ["model.modalities.text.lora={rank: 2}", "model.modalities.image.frozen_layers=all"]
+    settings += ["model.modalities.audio.num_layers=2", "model.modalities.audio.frozen_layers=1"]
+    settings += ["optimizer.layer_decay=0.5"]
+    folders = {name: run.parent / f"adapted_{name}" for name in ("cpu", "moved")}
+    finish(start("cpu", run, folders["cpu"], settings=settings), folders["cpu"])
+    for strategy, step in (("zero3", 7), ("ddp", 13)):
+        kill_after_step(start(strategy, run, folders["moved"], settings=settings), folders["moved"], step=step)
+    finish(start("zero2", run, folders["moved"], settings=settings), folders["moved"])
+    assert read_losses(folders["moved"]) == pytest.approx(read_losses(folders["cpu"]), rel=TOLERANCE)
+    weights = [load_portable_state(find_checkpoint(folder)) for folder in folders.values()]
+    still = [name for name in weights[0]["model"] if name not in weights[0]["exp_avg"]]
+    assert any(".image." in name for name in still) and any("base_layer" in name for name in still)
+    assert all(torch.equal(weights[0]["model"][name], weights[1]["model"][name]) for name in still)
