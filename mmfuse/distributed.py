@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,6 +81,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def find_differences(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that ranks hold differently, by the sums of their bits; all ranks must call."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [x.detach().view(whole[x.element_size()]).sum(dtype=torch.int64) for x in tensors.values()]
+    by_rank = gather_rows(torch.stack(sums)[None], global_rows=world_size())
+    return [name for name, column in zip(tensors, by_rank.T.tolist(), strict=True) if len(set(column)) > 1]
 
 
 def _all_gather(x: Tensor) -> Tensor:

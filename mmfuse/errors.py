@@ -45,6 +45,6 @@ class LaunchError(MmfuseError):
 
 
 class TrainingError(MmfuseError):
-    """Training cannot go on: the loss is not finite."""
+    """Training cannot go on: the loss is not finite, or ranks have drifted apart."""
 
     exit_code = 6

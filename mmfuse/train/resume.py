@@ -12,8 +12,8 @@ from torch import nn
 
 from mmfuse.data.blend import WeightSegment
 from mmfuse.data.plan import DataPlan
-from mmfuse.distributed import barrier, first_rank_decides, rank
-from mmfuse.errors import CheckpointError
+from mmfuse.distributed import barrier, find_differences, first_rank_decides, rank
+from mmfuse.errors import CheckpointError, TrainingError
 from mmfuse.model.model import ModelConfig
 from mmfuse.train.checkpoint import (
     CHECKPOINTS,
@@ -59,7 +59,18 @@ def start_or_resume(
 
 
 def save(run: RunConfig, engine: Engine, plan: DataPlan, *, step: int) -> None:
-    """Writes the checkpoint of `step`; all ranks must call."""
+    """Writes the checkpoint of `step`; all ranks must call.
+
+    Raises:
+        TrainingError: ranks whose weights should be the same have different ones.
+    """
+    if wrong := find_differences(
+        dict(engine.task.named_parameters())
+    ):  # under ZeRO-3 each has parts, nothing to compare
+        raise TrainingError(
+            f"ranks have different weights at step {step}, such as {wrong[0]} ({len(wrong)} of them); the newest "
+            "checkpoint is from before. Memory, network or a change of weights on one rank alone may be the cause"
+        )
     state, adam_steps = engine.export_state()
     if engine.rank == 0:
         facts = {

@@ -61,3 +61,11 @@ def test_integers_truth_values_and_bf16_travel_unchanged() -> None:
                 assert torch.equal(result[f"gather {dtype}"], rows)
                 assert torch.equal(result[f"fetch {dtype}"], rows[wanted_rows(11, number)])
                 assert result[f"gather {dtype}"].dtype == result[f"fetch {dtype}"].dtype == dtype
+
+
+def test_a_tensor_that_ranks_hold_differently_is_found_on_all_of_them() -> None:
+    assert [[set(result) for result in ranks] for ranks in each_world("differences")] == [
+        [set()],
+        [{"spoilt"}] * 2,
+        [{"spoilt"}] * 3,
+    ]

@@ -20,7 +20,7 @@ from batches import ALL_OBJECTIVES, make_batch, make_samples, tiny_task
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmfuse.distributed import fetch_rows, gather_rows, rank, slice_of_rank, world_size
+from mmfuse.distributed import fetch_rows, find_differences, gather_rows, rank, slice_of_rank, world_size
 from mmfuse.evaluate.retrieval import embed_set
 from mmfuse.objectives.base import StepInputs
 from mmfuse.objectives.contrastive import Config, Contrastive
@@ -158,6 +158,15 @@ def typed_rows(count: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(200, (count, 3), generator=torch.Generator().manual_seed(count)).to(dtype)
 
 
+def differences() -> Result:
+    """Which of three tensors ranks hold differently: rank 1 has another last bit in one of them."""
+    spoilt = torch.ones(3, dtype=torch.bfloat16)
+    if rank() == 1:
+        spoilt.view(torch.int16)[1] ^= 1
+    tensors = {"scalar": torch.tensor(2.5), "spoilt": spoilt, "rows": global_rows(5)}
+    return {name: torch.tensor(True) for name in find_differences(tensors)}
+
+
 def embed_evaluation_set() -> Result:
     """A set of nine samples in batches of five, the last row padding, as every rank has it afterwards."""
     model, samples = tiny_task().model, make_samples("tia ti t ta ia tia i a tia")
@@ -174,6 +183,7 @@ RECIPES: dict[str, dict[str, Callable[[], Result]]] = {
     "exchanges": {
         **{f"gather {n}": functools.partial(gather, n) for n in (2, 6, 11)},
         **{f"fetch {n}": functools.partial(fetch, n) for n in (2, 6, 11)},
+        "differences": differences,
         "exchange_types": functools.partial(exchange_types, 11),
     },
     "evaluation": {"embed_evaluation_set": embed_evaluation_set},
