@@ -5,6 +5,7 @@ Equal weights on the ranks are a matter of the product: no checkpoint is written
 
 import pytest
 from distributed.launches import (
+    TOLERANCE,
     ZERO2,
     ZERO3,
     finish,
@@ -17,8 +18,6 @@ from distributed.launches import (
 
 pytestmark = pytest.mark.slow
 STEPS = 50
-TOLERANCE = 1e-5
-"""Relative, fp32, over 50 steps: sums in another order, fed back through Adam."""
 OBJECTIVES = "objectives={feature_prediction: {}, masked_image: {}, masked_audio: {}}"  # and those that the run has
 
 
