@@ -1,21 +1,22 @@
-"""Audio: WAV, FLAC, MP3, Ogg or Opus -> log-mel filter bank -> an Audio Spectrogram Transformer (Gong et al. 2021)."""
+"""Audio: WAV, FLAC, MP3, Ogg or Opus -> log-mel spectrum -> an Audio Spectrogram Transformer, or Whisper's encoder."""
 
 import functools
 import io
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import soundfile
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt, model_validator
-from torch import Generator, Tensor, nn
-from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
+from torch import Generator, Tensor
+from transformers import ASTConfig, ASTFeatureExtractor, WhisperConfig, WhisperFeatureExtractor
 
 from mmfuse.errors import ConfigError, SampleError
-from mmfuse.modalities.base import ModalityConfig, PatchEncoder, Processor, find_layers, masked_mean
+from mmfuse.modalities.audio_encoders.ast import AstEncoder, build_ast
+from mmfuse.modalities.audio_encoders.whisper import WhisperAudioEncoder, WhisperSpectrum, build_whisper
+from mmfuse.modalities.base import Encoder, ModalityConfig, Processor
+from mmfuse.modalities.media.filter_banks import FilterBank
 from mmfuse.modalities.media.given import sound_to_bytes
 from mmfuse.modalities.media.sound_augment import (
     SPEED_STEPS,
@@ -24,9 +25,8 @@ from mmfuse.modalities.media.sound_augment import (
     mask_bands,
     random_speed,
 )
-from mmfuse.modalities.media.sounds import FRAME_LENGTH_MS, FRAME_SHIFT_MS, log_mel, resample
-from mmfuse.modalities.media.spectrograms import VariableLengthEmbeddings
-from mmfuse.types import EncoderOutput, Features
+from mmfuse.modalities.media.sounds import FRAME_SHIFT_MS, resample
+from mmfuse.types import Features
 
 EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus")
 
@@ -36,7 +36,10 @@ _SPARE_SECONDS = 0.1
 
 
 class Config(ModalityConfig):
-    """AST of transformers; without `pretrained` of the sizes given here."""
+    """AST or Whisper's encoder of transformers; without `pretrained` of the sizes given here."""
+
+    encoder: Literal["ast", "whisper"] = "ast"
+    """Whisper's hears whole clips, 30 s where it is pretrained, and takes as long for short ones."""
 
     sample_rate: PositiveInt = 16_000
     """Every clip is resampled to this, in Hz."""
@@ -44,13 +47,17 @@ class Config(ModalityConfig):
     """Length of a clip; shorter ones are padded and masked, longer ones cropped (at a seeded offset in training)."""
     num_mel_bins: PositiveInt = 64
     pretrained: str | None = None
-    """Local folder or hub id of an AST; normalisation and the sizes below are then its own and must fit the clip."""
+    """Local folder or hub id of such an encoder; normalisation and sizes are then its own and must fit the clip."""
     architecture: str | None = None
     """The same without its weights."""
     patch_size: PositiveInt = 64
-    """Side of the square patches, in mel bins and frames."""
+    """AST: side of the square patches, in mel bins and frames."""
     frequency_stride: PositiveInt = 64
+    """AST: mel bins from a patch to the next."""
     time_stride: PositiveInt = 8
+    """AST: frames, of 10 ms, from a patch to the next."""
+    token_stride: PositiveInt = 8
+    """Whisper: how many of its tokens, of 20 ms, become one by their mean."""
     hidden_size: PositiveInt = 128
     num_layers: PositiveInt = 4
     num_heads: PositiveInt = 4
@@ -60,11 +67,19 @@ class Config(ModalityConfig):
 
     @model_validator(mode="after")
     def _check_patches_fit(self) -> "Config":
-        if self.named is None and self.patch_size > min(self.num_frames, self.num_mel_bins):
+        if self.encoder == "ast" and self.named is None and self.patch_size > min(self.num_frames, self.num_mel_bins):
             raise ValueError(
                 f"patch_size = {self.patch_size} does not fit {self.num_frames} frames (clip_seconds = "
                 f"{self.clip_seconds}) of {self.num_mel_bins} mel bins"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_whisper(self) -> "Config":
+        if self.encoder == "whisper" and self.pooling == "cls":
+            raise ValueError("encoder = whisper has no class token: pooling must be mean")
+        if self.encoder == "whisper" and self.named is None and self.num_frames % 2:
+            raise ValueError(f"clip_seconds = {self.clip_seconds}: whisper takes clips of a multiple of 0.02 s")
         return self
 
     @property
@@ -80,56 +95,122 @@ class Config(ModalityConfig):
     def build_processor(self) -> Processor:
         return AudioProcessor(self)
 
-    def build_encoder(self) -> "AudioEncoder":
-        return AudioEncoder(self)
+    def build_encoder(self) -> Encoder:
+        shape = self._read_shape()
+        if isinstance(shape, WhisperConfig):
+            model = build_whisper(shape, pretrained=self.pretrained)
+            encoder = WhisperAudioEncoder(model, pooling=self.pooling, token_stride=self.token_stride)
+        else:
+            model = build_ast(shape, pretrained=self.pretrained)
+            encoder = AstEncoder(model, pooling=self.pooling)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return encoder
+
+    def build_spectrum(self) -> FilterBank | WhisperSpectrum:
+        """Waveforms -> what the encoder reads.
+
+        Raises:
+            ConfigError: a pretrained model of another sample rate.
+        """
+        extractor = self._read_extractor()
+        if extractor.sampling_rate != self.sample_rate:
+            raise ConfigError(f"audio: {self.named or self.encoder} needs sample_rate = {extractor.sampling_rate}")
+        spectrum = WhisperSpectrum if isinstance(extractor, WhisperFeatureExtractor) else FilterBank
+        return spectrum(extractor, num_frames=self.num_frames)  # type: ignore[arg-type]  # of its own kind
 
     def save_files(self, folder: Path) -> None:
         if self.named:
-            ASTConfig.from_pretrained(self.named).save_pretrained(folder)
-            _feature_extractor(self.named).save_pretrained(folder)
+            self._read_shape().save_pretrained(folder)
+            self._read_extractor().save_pretrained(folder)
 
     def with_files(self, folder: Path) -> Self:
         return self.model_copy(update={"pretrained": None, "architecture": str(folder) if self.named else None})
 
-    def count_patch_values(self) -> int:
-        stride = ASTConfig.from_pretrained(self.named).time_stride if self.named else self.time_stride
-        return stride * self.num_mel_bins
+    def count_patch_values(self) -> int | None:
+        shape = self._read_shape()
+        return shape.time_stride * self.num_mel_bins if isinstance(shape, ASTConfig) else None
+
+    def _read_shape(self) -> ASTConfig | WhisperConfig:
+        """Of the model that is named, or of the sizes given here.
+
+        Raises:
+            ConfigError: the named one takes other clips.
+        """
+        if self.named is None:
+            return self._own_shape()
+        if self.encoder == "ast":
+            shape = ASTConfig.from_pretrained(self.named)
+            num_frames = shape.max_length
+        else:
+            shape = WhisperConfig.from_pretrained(self.named)
+            num_frames = 2 * shape.max_source_positions
+        if (num_frames, shape.num_mel_bins) != (self.num_frames, self.num_mel_bins):
+            seconds, bins = num_frames * FRAME_SHIFT_MS / 1000, shape.num_mel_bins
+            raise ConfigError(f"audio: {self.named} needs clip_seconds = {seconds} and num_mel_bins = {bins}")
+        return shape
+
+    def _own_shape(self) -> ASTConfig | WhisperConfig:
+        if self.encoder == "whisper":
+            return WhisperConfig(
+                d_model=self.hidden_size,
+                encoder_layers=self.num_layers,
+                encoder_attention_heads=self.num_heads,
+                encoder_ffn_dim=4 * self.hidden_size,
+                max_source_positions=self.num_frames // 2,
+                num_mel_bins=self.num_mel_bins,
+            )
+        return ASTConfig(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            intermediate_size=4 * self.hidden_size,
+            patch_size=self.patch_size,
+            frequency_stride=self.frequency_stride,
+            time_stride=self.time_stride,
+            max_length=self.num_frames,
+            num_mel_bins=self.num_mel_bins,
+        )
+
+    def _read_extractor(self) -> ASTFeatureExtractor | WhisperFeatureExtractor:
+        """The preprocessing of the model that is named, or its family's own where that says nothing."""
+        family = ASTFeatureExtractor if self.encoder == "ast" else WhisperFeatureExtractor
+        if self.named is not None:
+            try:
+                return family.from_pretrained(self.named)
+            except OSError:  # only weights and structure are there
+                pass
+        if self.encoder == "ast":
+            return ASTFeatureExtractor(num_mel_bins=self.num_mel_bins, sampling_rate=self.sample_rate)
+        return WhisperFeatureExtractor(feature_size=self.num_mel_bins)
 
 
 class AudioProcessor:
-    """Encoded sound -> `fbank (frames, mel)`, normalised as ASTFeatureExtractor does."""
+    """Encoded sound -> `fbank (frames, mel)`, and what else the spectrum gives."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.mean, self.twice_std = _normalisation(config)
+        self.config, self.spectrum = config, config.build_spectrum()
 
     def __call__(self, data: bytes, *, seed: int | None) -> Features:
         config = self.config
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         waveform = self._decode(data, generator)
-        window, shift = (config.sample_rate * ms // 1000 for ms in (FRAME_LENGTH_MS, FRAME_SHIFT_MS))
-        if len(waveform) < window:
-            raise SampleError(f"sound of {len(waveform)} values is shorter than one frame of {FRAME_LENGTH_MS} ms")
-        waveform = waveform[: (config.num_frames - 1) * shift + window]
         if generator is not None:
             waveform = change_loudness(waveform, config.augment, generator)
-        fbank = log_mel(waveform, sample_rate=config.sample_rate, num_mel_bins=config.num_mel_bins)
-        if not math.isfinite(fbank.sum()):  # `torch.isfinite` takes 40 times as long
+        features = self.spectrum(waveform)
+        if not math.isfinite(features["fbank"].sum()):  # `torch.isfinite` takes 40 times as long
             raise SampleError("the sound has values that are not finite, or too large", kind="not_finite")
-        fbank.sub_(self.mean).div_(self.twice_std)
         if generator is not None:
-            mask_bands(fbank, config.augment, generator)
-        return {"fbank": fbank}
+            mask_bands(features["fbank"], config.augment, generator)
+        return features
 
     def to_bytes(self, value: Any) -> bytes:
         """Of a path, or `(waveform, sample rate)`, floats `(n,)`, NumPy `(n, channels)` or torch `(channels, n)`."""
         return sound_to_bytes(value)
 
     def collate(self, features: list[Features]) -> Features:
-        """`fbank (n, frames, mel)` padded with zeros to the longest, `frames` int64 `(n,)` real ones."""
-        fbanks = [item["fbank"] for item in features]
-        frames = torch.tensor([len(fbank) for fbank in fbanks])
-        return {"fbank": nn.utils.rnn.pad_sequence(fbanks, batch_first=True), "frames": frames}
+        """Encoder inputs of n rows."""
+        return self.spectrum.collate(features)
 
     def _decode(self, data: bytes, generator: Generator | None) -> Tensor:
         """Mono waveform `(values,)` of one clip, and a little more, at the rate and speed that the encoder hears."""
@@ -157,120 +238,6 @@ class AudioProcessor:
         mono = functools.reduce(torch.add, torch.from_numpy(values).unbind(1)) / values.shape[1]
         # By the ratio: torchaudio's kernel grows with both rates, 500 MB for 22,050 and 23,152 Hz.
         return resample(resample(mono, rate, new_rate), SPEED_STEPS + faster, SPEED_STEPS)
-
-
-class AudioEncoder(PatchEncoder):
-    """`fbank (n, frames, mel)`, `frames (n,)` -> AST's patch tokens, averaged over frequency."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.ast = _build_ast(config)
-        if config.gradient_checkpointing:
-            self.ast.gradient_checkpointing_enable({"use_reentrant": False})
-        ast = self.ast.config
-        self.width = ast.hidden_size
-        self.pooling = config.pooling
-        self.num_mel_bins = config.num_mel_bins
-        patches = self.ast.embeddings.patch_embeddings.projection
-        self.patch_size, self.time_stride = patches.kernel_size[1], patches.stride[1]
-        self.frequency_patches, self.time_patches = self.ast.embeddings.get_shape(ast)
-        self.ast.embeddings = VariableLengthEmbeddings(self.ast.embeddings)  # type: ignore[assignment]  # takes its place
-
-    def forward(self, inputs: Features) -> EncoderOutput:
-        fbank = inputs["fbank"]
-        # AST masks patches, not frames; its two class tokens are always real.
-        mask = self._real_patches(inputs)
-        time_patches = mask.shape[1]
-        attention_mask = torch.cat([mask.new_ones(len(mask), 2), mask.repeat(1, self.frequency_patches)], dim=1)
-        missing = (time_patches - 1) * self.time_stride + self.patch_size - fbank.shape[1]
-        fbank = F.pad(fbank, (0, 0, 0, missing)).to(next(self.ast.parameters()).dtype)
-        output = self.ast(input_values=fbank, attention_mask=attention_mask.long())
-        patches = output.last_hidden_state[:, 2:].unflatten(1, (self.frequency_patches, time_patches))
-        tokens = patches.mean(1)
-        pooled = output.pooler_output if self.pooling == "cls" else masked_mean(tokens, mask)
-        return EncoderOutput(tokens, mask, pooled)
-
-    def patches(self, inputs: Features) -> tuple[Tensor, Tensor]:
-        """Strips of as many frames as lie between the beginnings of two tokens, in all mel bins; one for each token."""
-        mask = self._real_patches(inputs)
-        return self._strips(inputs["fbank"], mask.shape[1]).flatten(2).float(), mask
-
-    def hide(self, inputs: Features, hidden: Tensor) -> Features:
-        fbank = inputs["fbank"]
-        strips = self._strips(fbank, hidden.shape[1]).masked_fill(hidden[:, :, None, None], 0.0)  # 0 is the mean
-        rest = fbank[:, hidden.shape[1] * self.time_stride :]  # of the last patch, beyond the last token's own strip
-        return {**inputs, "fbank": torch.cat([strips.flatten(1, 2)[:, : fbank.shape[1]], rest], dim=1)}
-
-    def patch_tokens(self, tokens: Tensor) -> Tensor:
-        return tokens
-
-    def _real_patches(self, inputs: Features) -> Tensor:
-        """bool `(n, tokens in time)`: a token is real where its first frame is."""
-        fbank, frames = inputs["fbank"], inputs["frames"]
-        time_patches = min(math.ceil(fbank.shape[1] / self.time_stride), self.time_patches)
-        starts = torch.arange(time_patches, device=frames.device) * self.time_stride
-        return starts < frames[:, None]
-
-    def _strips(self, fbank: Tensor, count: int) -> Tensor:
-        """`(n, count, stride, mel)` of the first frames, padded with zeros."""
-        length = count * self.time_stride
-        return F.pad(fbank[:, :length], (0, 0, 0, max(0, length - fbank.shape[1]))).unflatten(1, (count, -1))
-
-    def layers(self) -> Sequence[nn.Module]:
-        return find_layers(self.ast, self.ast.config.num_hidden_layers)
-
-    def minimal_inputs(self, device: torch.device) -> Features:
-        fbank = torch.zeros(1, 1, self.num_mel_bins, device=device)
-        return {"fbank": fbank, "frames": torch.ones(1, dtype=torch.int64, device=device)}
-
-
-def _normalisation(config: Config) -> tuple[float, float]:
-    """What is subtracted from the filter bank, and what it is divided by; AudioSet's for a model of our own.
-
-    Raises:
-        ConfigError: a pretrained model of another sample rate.
-    """
-    extractor = _feature_extractor(config.named) if config.named else ASTFeatureExtractor()
-    if config.named and extractor.sampling_rate != config.sample_rate:
-        raise ConfigError(f"audio: {config.named} needs sample_rate = {extractor.sampling_rate}")
-    return (extractor.mean, 2 * extractor.std) if extractor.do_normalize else (0.0, 1.0)
-
-
-def _feature_extractor(named: str) -> ASTFeatureExtractor:
-    """The model's own preprocessing; AudioSet's where it says nothing."""
-    try:
-        return ASTFeatureExtractor.from_pretrained(named)
-    except OSError:  # only weights and structure are there
-        return ASTFeatureExtractor()
-
-
-def _build_ast(config: Config) -> ASTModel:
-    shape = ASTConfig.from_pretrained(config.named) if config.named else _own_shape(config)
-    if (shape.max_length, shape.num_mel_bins) != (config.num_frames, config.num_mel_bins):
-        seconds, bins = shape.max_length * FRAME_SHIFT_MS / 1000, shape.num_mel_bins
-        raise ConfigError(f"audio: {config.named} needs clip_seconds = {seconds} and num_mel_bins = {bins}")
-    if config.pretrained:
-        return ASTModel.from_pretrained(config.pretrained)
-    ast = ASTModel(shape)
-    # transformers leaves these at 0, where the first norm makes gradients 10^6 times too large; the authors do this.
-    embeddings = ast.embeddings
-    for parameter in (embeddings.cls_token, embeddings.distillation_token, embeddings.position_embeddings):
-        torch.nn.init.trunc_normal_(parameter, std=0.02)
-    return ast
-
-
-def _own_shape(config: Config) -> ASTConfig:
-    return ASTConfig(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=4 * config.hidden_size,
-        patch_size=config.patch_size,
-        frequency_stride=config.frequency_stride,
-        time_stride=config.time_stride,
-        max_length=config.num_frames,
-        num_mel_bins=config.num_mel_bins,
-    )
 
 
 def _check_rate(rate: int, wanted: int) -> None:

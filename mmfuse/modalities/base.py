@@ -6,8 +6,8 @@ A file `mmfuse/modalities/NAME.py` has three names at its top level:
     class Config            its settings; builds its processor and its encoder
     (whatever it likes)     the processor and the encoder themselves
 
-What would not fit into one file lies in `media/` and `adaptation/`, which have no `__init__.py`, so that no run takes
-them for a modality.
+What would not fit into one file lies in `media/`, `audio_encoders/` and `adaptation/`, which have no `__init__.py`, so
+that no run takes them for modalities.
 
 Shape legend: n rows, L tokens, D width.
 """
@@ -146,7 +146,8 @@ class ModalityConfig(Settings, ABC):
                 raise ConfigError(f"frozen_layers = {self.frozen_layers}, but the encoder has {num_layers} layers")
             depths = encoder.depths()
             for name, parameter in encoder.named_parameters():
-                parameter.requires_grad_(depths[name] > self.frozen_layers)
+                if depths[name] <= self.frozen_layers:
+                    parameter.requires_grad_(False)
         return encoder
 
     def save_files(self, folder: Path) -> None:  # some name nothing

@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from batches import LETTERS, random_features, tiny_model, tiny_processors
 from helpers import TINY_MODALITIES
-from transformers import ASTConfig, ASTModel, BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from transformers import (
+    ASTConfig,
+    ASTModel,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
 from mmfuse.errors import ConfigError
 from mmfuse.modalities import audio, image, text
@@ -92,6 +102,37 @@ def test_audio_from_a_local_folder_equals_the_library_on_a_full_clip(tmp_path):
     torch.testing.assert_close(output.pooled, expected.pooler_output, rtol=1e-5, atol=1e-6)
     patches = expected.last_hidden_state[:, 2:].unflatten(1, (2, 3)).mean(1)  # 2 bands, 3 times
     torch.testing.assert_close(output.tokens, patches, rtol=1e-5, atol=1e-6)
+
+
+def test_whisper_from_a_local_folder_equals_the_library_in_features_and_tokens(tmp_path):
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    shape = WhisperConfig(**sizes, decoder_layers=1, decoder_attention_heads=2, max_source_positions=50)
+    whisper = WhisperModel(shape).eval()
+    whisper.save_pretrained(tmp_path)
+    extractor = WhisperFeatureExtractor()
+    extractor.save_pretrained(tmp_path)
+    settings = {"encoder": "whisper", "pretrained": str(tmp_path), "clip_seconds": 1.0, "num_mel_bins": 80}
+    config = audio.Config(**settings, token_stride=1)
+    waveforms = [torch.randn(n, generator=torch.Generator().manual_seed(n)).numpy() * 0.1 for n in (16_000, 6_400)]
+    clip = {"sampling_rate": 16_000, "max_length": 16_000, "padding": "max_length", "return_tensors": "pt"}
+    heard = extractor(waveforms, **clip)["input_features"]
+    processor = config.build_processor()
+    inputs = processor.collate([processor(processor.to_bytes((w, 16_000)), seed=None) for w in waveforms])
+    torch.testing.assert_close(inputs["fbank"].transpose(1, 2), heard, rtol=0, atol=1e-5)
+    assert inputs["frames"].tolist() == [100, 40]
+
+    expected = whisper.encoder(inputs["fbank"].transpose(1, 2)).last_hidden_state
+    output = config.build_encoder().eval()(inputs)
+    assert output.mask.sum(1).tolist() == [50, 20]
+    torch.testing.assert_close(output.tokens, expected * output.mask[..., None], rtol=0, atol=0)
+    torch.testing.assert_close(output.pooled[1], expected[1, :20].mean(0))
+    pooled = audio.Config(**settings, token_stride=8).build_encoder().eval()(inputs)
+    assert pooled.mask.sum(1).tolist() == [7, 3]
+    torch.testing.assert_close(pooled.tokens[1, 2], expected[1, 16:20].mean(0))
+    with pytest.raises(ConfigError, match=r"needs clip_seconds = 1.0 and num_mel_bins = 80"):
+        audio.Config(**settings | {"clip_seconds": 2.0}).build_encoder()
+    with pytest.raises(ValueError, match="has no class token"):
+        audio.Config(encoder="whisper", pooling="cls")
 
 
 def test_a_row_does_not_depend_on_its_batch_mates_or_their_padding():

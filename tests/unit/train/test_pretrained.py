@@ -51,7 +51,7 @@ def test_the_checkpoint_alone_embeds_and_goes_on_when_the_pretrained_models_are_
     shutil.rmtree(hub)
     shutil.move(find_checkpoint(folder), tmp_path / "taken")
     alone = mmfuse.load(tmp_path / "taken", device="cpu")
-    assert alone.processors["audio"].mean == -6.8
+    assert alone.processors["audio"].spectrum.mean == -6.8
     for name, rows in alone.encode(**items).items():
         assert torch.equal(rows, first[name]), name
     # The newest is gone: from step 1 on to the same weights, and to a checkpoint that is whole again.
