@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +46,9 @@ class FusionConfig(Settings):
     """Learned tokens of a sample with the variant `bottleneck`."""
     mlp_ratio: PositiveInt = 4
     """Width of the hidden layer relative to the fusion width."""
+    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """How often each other modality of a sample is left out where masked words or patches are predicted, so that
+    samples which lack it are no surprise. Drawn by sample."""
 
 
 class Attention(nn.Module):

@@ -83,6 +83,7 @@ class FusionModel(nn.Module):
             {name: nn.Linear(widths[name], config.embedding_dim, bias=False) for name in self.modalities}
         )
         self.fusion: Fusion | ConcatFusion | None = None
+        self.modality_dropout = config.fusion.modality_dropout if config.fusion else 0.0
         if config.fusion:
             joins = ConcatFusion if config.fusion.variant == "concat" else Fusion
             self.fusion = joins(config.fusion, modalities=self.modalities, width=config.width)

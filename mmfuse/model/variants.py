@@ -8,6 +8,20 @@ from torch import Tensor
 from mmfuse.types import TokenBatch
 
 
+def without_some(batch: TokenBatch, dropped: Mapping[str, Tensor]) -> TokenBatch:
+    """The same samples, of which some lack a modality more.
+
+    Args:
+        dropped: bool `(B,)` by modality.
+    """
+    kept = {name: ~dropped[name][rows] for name, rows in batch.rows.items() if name in dropped}
+
+    def cut(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: values[kept[name]] if name in kept else values for name, values in part.items()}
+
+    return TokenBatch(cut(batch.tokens), cut(batch.masks), cut(batch.rows), batch.num_rows)
+
+
 def without_each(batch: TokenBatch, chosen: Mapping[str, Tensor]) -> TokenBatch:
     """For each modality the chosen samples without it, those of the first modality first.
 

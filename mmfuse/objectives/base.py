@@ -15,7 +15,10 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from mmfuse.config import Settings
+from mmfuse.hashing import hash_int
 from mmfuse.model.model import FusionModel, ModelConfig
+from mmfuse.model.variants import without_some
+from mmfuse.randomness import keyed_uniform
 from mmfuse.types import Batch, Encoded, FusionOutput
 
 
@@ -52,6 +55,23 @@ class Objective(nn.Module):
     def forward(self, inputs: StepInputs) -> dict[str, Term]:
         """Terms by name; the objective's loss is their sum."""
         raise NotImplementedError
+
+
+def fuse_masked(inputs: StepInputs, modality: str, tokens: Tensor, *, seed: int) -> FusionOutput:
+    """The batch, fused with these tokens `(n, L, D)` of a modality instead of its own.
+
+    In training the model's `fusion.modality_dropout` leaves out others, by what `seed`, the step and the sample say.
+    """
+    source, batch, model = inputs.encoded.token_batch, inputs.batch, inputs.model
+    masked = source._replace(tokens={**source.tokens, modality: tokens})
+    if model.training and model.modality_dropout:
+        draws = {
+            name: keyed_uniform(hash_int(seed, "modality_dropout", name), batch.step, batch.sample_id)
+            for name in source.tokens
+            if name != modality
+        }
+        masked = without_some(masked, {name: draw < model.modality_dropout for name, draw in draws.items()})
+    return model.fuse(masked)
 
 
 class Need(NamedTuple):

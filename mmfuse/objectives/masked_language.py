@@ -14,7 +14,7 @@ from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.modalities import text
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term
+from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term, fuse_masked
 from mmfuse.randomness import keyed_uniform
 from mmfuse.types import ModalityBatch
 
@@ -60,8 +60,7 @@ class MaskedLanguage(Objective):
             masked_ids, targets_nL = self._mask(part, batch.sample_id[part.rows], batch.step)
             masked_part = ModalityBatch(part.rows, {**part.inputs, "input_ids": masked_ids})
         tokens, _, _ = model.encode_modality("text", masked_part, batch.present.device)
-        source = inputs.encoded.token_batch
-        fused = model.fuse(source._replace(tokens={**source.tokens, "text": tokens}))
+        fused = fuse_masked(inputs, "text", tokens, seed=self.seed)
         predicted_nL = targets_nL >= 0
         logits_mV = at_least_fp32(self.decoder(self.transform(fused.tokens["text"][predicted_nL])))
         losses_m = F.cross_entropy(logits_mV, targets_nL[predicted_nL], reduction="none")

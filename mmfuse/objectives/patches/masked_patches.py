@@ -16,7 +16,7 @@ from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.modalities.base import PatchEncoder
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term
+from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term, fuse_masked
 from mmfuse.randomness import keyed_uniform
 from mmfuse.types import Batch, ModalityBatch
 
@@ -63,8 +63,7 @@ class MaskedPatches(Objective):
         part = batch.inputs.get(self.modality)
         hidden = self._hide(encoder, part, batch) if part is not None else None
         tokens, _, _ = model.encode_modality(self.modality, hidden and hidden.part, batch.present.device)
-        source = inputs.encoded.token_batch
-        fused = model.fuse(source._replace(tokens={**source.tokens, self.modality: tokens}))
+        fused = fuse_masked(inputs, self.modality, tokens, seed=self.seed)
         tokens_nPD = encoder.patch_tokens(fused.tokens[self.modality])
         if hidden is None:
             hidden = _nothing(tokens_nPD, rows=batch.sample_id[:0])
