@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from mmfuse.cli_shards import add_paths, add_shards
-from mmfuse.errors import CheckpointError, ConfigError, LaunchError, MmfuseError
+from mmfuse.errors import CheckpointError, ConfigError, MmfuseError
 from mmfuse.log import set_up_logging
 from mmfuse.version import VERSION
 
-_GLOBAL_ERRORS = (ConfigError, CheckpointError, LaunchError)
+_GLOBAL_ERRORS = (ConfigError, CheckpointError)
 """Errors that every rank meets; rank 0 speaks for all."""
 
 

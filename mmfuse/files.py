@@ -30,13 +30,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Alone among the processes that lock this folder; where a file system knows no locks, not alone."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Alone among the processes that lock this folder; gives whether the file system knows locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        is_alone = False
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            is_alone = True
+        yield is_alone
     finally:
         os.close(descriptor)
 

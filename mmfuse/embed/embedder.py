@@ -30,10 +30,16 @@ from mmfuse.types import Batch, Sample
 class Embedder:
     """A model with its weights and the processors that it was trained with."""
 
-    def __init__(self, checkpoint: Path, run: RunConfig, model: FusionModel, device: torch.device) -> None:
-        self.checkpoint, self.run, self.device = checkpoint, run, device
+    def __init__(
+        self,
+        checkpoint: Path,
+        run: RunConfig,
+        model: FusionModel,
+        processors: dict[str, Processor],
+        device: torch.device,
+    ) -> None:
+        self.checkpoint, self.run, self.processors, self.device = checkpoint, run, processors, device
         self.model = model.to(device).eval()
-        self.processors = {name: config.build_processor() for name, config in run.model.modality_configs.items()}
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -121,10 +127,11 @@ def load(
     """
     folder = find_checkpoint(Path(checkpoint))
     verify_checkpoint(folder)
-    run = load_stored_run(folder, overrides=overrides)
-    task = Task(run.model, run.objective_configs, seed=run.seed)
+    run, model = load_stored_run(folder, overrides=overrides)
+    task = Task(model, run.objective_configs, seed=run.seed)
     load_weights(task, folder)
-    return Embedder(folder, run, task.model, find_device(device))
+    processors = {name: config.build_processor() for name, config in model.modality_configs.items()}
+    return Embedder(folder, run, task.model, processors, find_device(device))
 
 
 def _to_bytes(value: Any, processor: Processor) -> bytes:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from transformers import ASTConfig, ASTFeatureExtractor, WhisperConfig, WhisperFeatureExtractor
 
 from mmfuse.errors import ConfigError, SampleError
+from mmfuse.modalities.adaptation.named import read_preprocessing, read_structure
 from mmfuse.modalities.audio_encoders.ast import AstEncoder, build_ast
 from mmfuse.modalities.audio_encoders.whisper import WhisperAudioEncoder, WhisperSpectrum, build_whisper
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor
@@ -75,7 +76,9 @@ class Config(ModalityConfig):
         return self
 
     @model_validator(mode="after")
-    def _check_whisper(self) -> "Config":
+    def _check_encoder(self) -> "Config":
+        if self.pretrained and self.architecture:
+            raise ValueError("pretrained has its own architecture: set one of the two")
         if self.encoder == "whisper" and self.pooling == "cls":
             raise ValueError("encoder = whisper has no class token: pooling must be mean")
         if self.encoder == "whisper" and self.named is None and self.num_frames % 2:
@@ -111,9 +114,12 @@ class Config(ModalityConfig):
         """Waveforms -> what the encoder reads.
 
         Raises:
-            ConfigError: a pretrained model of another sample rate.
+            ConfigError: a pretrained model of another sample rate or number of bins.
         """
         extractor = self._read_extractor()
+        bins = extractor.feature_size if isinstance(extractor, WhisperFeatureExtractor) else extractor.num_mel_bins
+        if bins != self.num_mel_bins:
+            raise ConfigError(f"audio: {self.named} needs num_mel_bins = {bins}")
         if extractor.sampling_rate != self.sample_rate:
             raise ConfigError(f"audio: {self.named or self.encoder} needs sample_rate = {extractor.sampling_rate}")
         spectrum = WhisperSpectrum if isinstance(extractor, WhisperFeatureExtractor) else FilterBank
@@ -135,16 +141,14 @@ class Config(ModalityConfig):
         """Of the model that is named, or of the sizes given here.
 
         Raises:
-            ConfigError: the named one takes other clips.
+            ConfigError: the named one is of another family, or takes other clips.
         """
         if self.named is None:
             return self._own_shape()
-        if self.encoder == "ast":
-            shape = ASTConfig.from_pretrained(self.named)
-            num_frames = shape.max_length
-        else:
-            shape = WhisperConfig.from_pretrained(self.named)
-            num_frames = 2 * shape.max_source_positions
+        family = "whisper" if self.encoder == "whisper" else "audio-spectrogram-transformer"
+        setting = "audio.pretrained" if self.pretrained else "audio.architecture"
+        shape = read_structure(setting, self.named, family=family)
+        num_frames = 2 * shape.max_source_positions if self.encoder == "whisper" else shape.max_length
         if (num_frames, shape.num_mel_bins) != (self.num_frames, self.num_mel_bins):
             seconds, bins = num_frames * FRAME_SHIFT_MS / 1000, shape.num_mel_bins
             raise ConfigError(f"audio: {self.named} needs clip_seconds = {seconds} and num_mel_bins = {bins}")
@@ -175,11 +179,11 @@ class Config(ModalityConfig):
     def _read_extractor(self) -> ASTFeatureExtractor | WhisperFeatureExtractor:
         """The preprocessing of the model that is named, or its family's own where that says nothing."""
         family = ASTFeatureExtractor if self.encoder == "ast" else WhisperFeatureExtractor
-        if self.named is not None:
-            try:
-                return family.from_pretrained(self.named)
-            except OSError:  # only weights and structure are there
-                pass
+        if self.named is None:
+            return self._own_extractor()
+        return read_preprocessing("audio.pretrained", self.named, family.from_pretrained, self._own_extractor)
+
+    def _own_extractor(self) -> ASTFeatureExtractor | WhisperFeatureExtractor:
         if self.encoder == "ast":
             return ASTFeatureExtractor(num_mel_bins=self.num_mel_bins, sampling_rate=self.sample_rate)
         return WhisperFeatureExtractor(feature_size=self.num_mel_bins)
@@ -201,7 +205,7 @@ class AudioProcessor:
         if not math.isfinite(features["fbank"].sum()):  # `torch.isfinite` takes 40 times as long
             raise SampleError("the sound has values that are not finite, or too large", kind="not_finite")
         if generator is not None:
-            mask_bands(features["fbank"], config.augment, generator)
+            mask_bands(features["fbank"][: features.get("frames")], config.augment, generator)
         return features
 
     def to_bytes(self, value: Any) -> bytes:

@@ -137,13 +137,17 @@ class ModalityConfig(Settings, ABC):
         """
         encoder = self.build_encoder()
         if self.lora:
-            add_lora(encoder, encoder.layers(), self.lora)
+            device = next(encoder.parameters()).device
+            add_lora(encoder, encoder.layers(), self.lora, run_once=lambda: encoder(encoder.minimal_inputs(device)))
         elif self.frozen_layers == "all":
             encoder.requires_grad_(False)
         elif self.frozen_layers:
             num_layers = len(encoder.layers())
             if self.frozen_layers > num_layers:
-                raise ConfigError(f"frozen_layers = {self.frozen_layers}, but the encoder has {num_layers} layers")
+                raise ConfigError(
+                    f"frozen_layers = {self.frozen_layers}, but {num_layers} layers are known of the encoder; "
+                    "frozen_layers = all freezes any encoder"
+                )
             depths = encoder.depths()
             for name, parameter in encoder.named_parameters():
                 if depths[name] <= self.frozen_layers:
@@ -163,9 +167,12 @@ class ModalityConfig(Settings, ABC):
 
 
 def find_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
-    """The first list of so many modules: where families of transformers keep their layers, whatever they call it."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
-    return list(next(lists, ()))
+    """The one list of so many modules: where families of transformers keep their layers, whatever they call it.
+
+    Empty where there are several such lists: XLM has its layers in pieces.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return list(lists[0]) if len(lists) == 1 else ()
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:

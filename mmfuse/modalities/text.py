@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
+from mmfuse.modalities.adaptation.named import named_in, read_structure
 from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, find_layers, masked_mean
 from mmfuse.types import EncoderOutput, Features
 
@@ -48,6 +49,12 @@ class Config(ModalityConfig):
     """Of hidden states and attention, also with `pretrained`. Above 0 the numbers depend on the world size."""
     augment: AugmentConfig = AugmentConfig()
 
+    @model_validator(mode="after")
+    def _check_named_once(self) -> "Config":
+        if self.pretrained and self.architecture:
+            raise ValueError("pretrained has its own architecture: set one of the two")
+        return self
+
     def build_processor(self) -> Processor:
         return TextProcessor(self)
 
@@ -57,7 +64,7 @@ class Config(ModalityConfig):
     def save_files(self, folder: Path) -> None:
         self.build_tokenizer().save_pretrained(folder)
         if named := self.pretrained or self.architecture:
-            AutoConfig.from_pretrained(named).save_pretrained(folder)
+            read_structure("text.pretrained", named).save_pretrained(folder)
 
     def with_files(self, folder: Path) -> Self:
         named = str(folder) if self.pretrained or self.architecture else None
@@ -70,7 +77,8 @@ class Config(ModalityConfig):
             tokens = shipped.read_text(encoding="utf-8").splitlines()
             tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            with named_in("text.tokenizer", self.tokenizer):
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         if len(tokenizer) > self.vocab_size:
             raise ConfigError(f"vocab_size is {self.vocab_size}, but tokenizer {self.tokenizer!r} has {len(tokenizer)}")
         return tokenizer
@@ -162,14 +170,17 @@ class TextEncoder(Encoder):
 def _build_transformer(config: Config) -> Any:
     """A transformer without its pooler: an unused parameter would stop DDP."""
     if named := config.pretrained or config.architecture:
-        settings = AutoConfig.from_pretrained(named)
+        setting = "text.pretrained" if config.pretrained else "text.architecture"
+        settings = read_structure(setting, named)
         for name, value in settings.to_dict().items():
             if "dropout" in name and isinstance(value, float):  # each family has its own names
                 setattr(settings, name, config.dropout)
-        if config.pretrained:
-            transformer = AutoModel.from_pretrained(config.pretrained, config=settings)
-        else:
-            transformer = AutoModel.from_config(settings)
+        # In fp32, whatever the weights are stored in: the run's precision decides what is computed in less.
+        with named_in(setting, named):
+            if config.pretrained:
+                transformer = AutoModel.from_pretrained(config.pretrained, config=settings, dtype=torch.float32)
+            else:
+                transformer = AutoModel.from_config(settings, dtype=torch.float32)
         transformer.pooler = None  # not every family takes `add_pooling_layer`
         return transformer
     bert = BertConfig(

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mmfuse.config import PluginSettings, Settings, plugin_settings
+from mmfuse.errors import ConfigError
 from mmfuse.modalities.base import Encoder, ModalityConfig
 from mmfuse.model.concat import ConcatFusion
 from mmfuse.model.fusion import Fusion, FusionConfig
@@ -66,13 +67,20 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _build_encoder(name: str, config: ModalityConfig) -> Encoder:
+    try:
+        return config.build_trained_encoder()
+    except ConfigError as error:
+        raise ConfigError(f"model.modalities.{name}: {error}") from error
+
+
 class FusionModel(nn.Module):
     """Encodes any subset of the modalities of each sample, and fuses them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.modalities = tuple(config.modalities)
-        encoders = {name: modality.build_trained_encoder() for name, modality in config.modality_configs.items()}
+        encoders = {name: _build_encoder(name, modality) for name, modality in config.modality_configs.items()}
         widths = {name: encoder.width for name, encoder in encoders.items()}
         self.encoders = nn.ModuleDict(encoders)
         # Only the fusion uses them; a parameter without a gradient would stop DDP.

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmfuse.errors import CheckpointError
+from mmfuse.errors import CheckpointError, ConfigError
 from mmfuse.model.model import ModelConfig
 from mmfuse.train.engines.base import PortableState
 from mmfuse.train.run import RunConfig, load_run
@@ -27,6 +27,7 @@ CHECKPOINTS = "checkpoints"
 MODALITIES = "modalities"
 """The folder of `ModelConfig.save_files` within a run's, and its copy within each checkpoint."""
 MANIFEST, STATE, RUN = "manifest.json", "state.json", "run.yaml"
+_IN_FILES = (".tokenizer", ".pretrained", ".architecture")
 _PREFIX, _TEMPORARY = "step_", ".tmp"
 
 
@@ -116,10 +117,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {STATE} is not readable: {error}") from error
 
 
-def load_stored_run(folder: Path, *, overrides: Iterable[str] = ()) -> RunConfig:
-    """The run that wrote a checkpoint, with the model as the checkpoint holds it; see `stored_model`."""
+def load_stored_run(folder: Path, *, overrides: Iterable[str] = ()) -> tuple[RunConfig, ModelConfig]:
+    """The run that wrote a checkpoint, and its model as the checkpoint holds it; see `stored_model`.
+
+    Raises:
+        ConfigError: wrong overrides, or of what the checkpoint has in files.
+    """
+    overrides = tuple(overrides)
+    for setting in (override.partition("=")[0] for override in overrides):
+        if setting.startswith("model.modalities.") and setting.endswith(_IN_FILES):
+            raise ConfigError(f"--set {setting}: the checkpoint {folder} has its own, which its weights belong to")
     run = load_run(str(folder / RUN), overrides=overrides)
-    return run.model_copy(update={"model": stored_model(run.model, folder)})
+    return run, stored_model(run.model, folder)
 
 
 def stored_model(model: ModelConfig, folder: Path) -> ModelConfig:

@@ -3,6 +3,7 @@
 import json
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def describe_environment(strategy: str) -> dict[str, str]:
     return {
         "mmfuse": VERSION,
         "python": platform.python_version(),
-        **{library: version(library) for library in _LIBRARIES},
+        **{library: version(library) for library in (*_LIBRARIES, *filter(find_spec, ["peft"]))},
         "platform": platform.platform(),
         "device": device,
         "strategy": strategy,

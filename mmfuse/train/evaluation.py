@@ -137,12 +137,12 @@ def evaluate_checkpoint(
         CheckpointError: incomplete, damaged, or of another model.
     """
     verify_checkpoint(checkpoint, contents=True)
-    run = load_stored_run(checkpoint, overrides=overrides)
+    run, model = load_stored_run(checkpoint, overrides=overrides)
     step = int(read_facts(checkpoint)["step"])
     folder = output or checkpoint.with_name(f"{checkpoint.name}.evaluation")
     write_environment(folder, run, strategy="evaluation")
-    evaluator = Evaluator(run, run.model, folder=folder)
-    task = Task(run.model, run.objective_configs, seed=run.seed).to(device)
+    evaluator = Evaluator(run, model, folder=folder)
+    task = Task(model, run.objective_configs, seed=run.seed).to(device)
     evaluator.evaluate_step(task, device, step=0, folder=folder)
     load_weights(task, checkpoint)
     results = evaluator.evaluate_step(task, device, step=step, folder=folder)

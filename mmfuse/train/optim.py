@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 
 from mmfuse.config import Settings
+from mmfuse.errors import ConfigError
 from mmfuse.modalities.base import Encoder
 
 
@@ -41,7 +42,11 @@ def learning_rate_factor(step: int, *, config: OptimizerConfig, total_steps: int
 
 
 def build_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over groups of the parameters that are trained; each group remembers its peak as `peak_lr`."""
+    """AdamW over groups of the parameters that are trained; each group remembers its peak as `peak_lr`.
+
+    Raises:
+        ConfigError: a layer decay, and an encoder without known layers.
+    """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     encoder_rates = _encoder_rates(task, config)
     embeddings = {id(p) for m in task.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
@@ -71,6 +76,11 @@ def _encoder_rates(task: nn.Module, config: OptimizerConfig) -> dict[int, float]
     rates = {}
     for encoder in (module for module in task.modules() if isinstance(module, Encoder)):
         depths, last = encoder.depths(), len(encoder.layers()) + 1
+        if config.layer_decay < 1 and last == 1:
+            raise ConfigError(
+                f"optimizer.layer_decay = {config.layer_decay}: no layers are known of a {type(encoder).__name__}; "
+                "set it to 1"
+            )
         for name, parameter in encoder.named_parameters():
             above = max(0, last - 1 - depths[name])  # what is behind the last layer learns as the last layer
             rates[id(parameter)] = config.encoder_learning_rate * config.layer_decay**above

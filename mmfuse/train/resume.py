@@ -12,8 +12,8 @@ from torch import nn
 
 from mmfuse.data.blend import WeightSegment
 from mmfuse.data.plan import DataPlan
-from mmfuse.distributed import barrier, find_differences, first_rank_decides, rank
-from mmfuse.errors import CheckpointError, TrainingError
+from mmfuse.distributed import barrier, find_differences, first_rank_decides
+from mmfuse.errors import CheckpointError, ConfigError, TrainingError
 from mmfuse.model.model import ModelConfig
 from mmfuse.train.checkpoint import (
     CHECKPOINTS,
@@ -64,12 +64,12 @@ def save(run: RunConfig, engine: Engine, plan: DataPlan, *, step: int) -> None:
     Raises:
         TrainingError: ranks whose weights should be the same have different ones.
     """
-    if wrong := find_differences(
-        dict(engine.task.named_parameters())
-    ):  # under ZeRO-3 each has parts, nothing to compare
+    weights = dict(engine.task.named_parameters())  # under ZeRO-3 in parts, of which there is nothing to compare
+    if wrong := find_differences(weights):
         raise TrainingError(
             f"ranks have different weights at step {step}, such as {wrong[0]} ({len(wrong)} of them); the newest "
-            "checkpoint is from before. Memory, network or a change of weights on one rank alone may be the cause"
+            "checkpoint is from before. Different GPUs or CPUs among the ranks, bad memory, or code that changes "
+            "weights on one rank alone may be the cause"
         )
     state, adam_steps = engine.export_state()
     if engine.rank == 0:
@@ -128,10 +128,20 @@ def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
 
 
 def write_model_files(folder: Path, model: ModelConfig) -> None:
-    """Rank 0 keeps in the run's folder what every checkpoint will hold of the model beside its weights."""
-    if rank() == 0:
-        shutil.rmtree(folder / MODALITIES, ignore_errors=True)
-        model.save_files(folder / MODALITIES)
+    """Rank 0 keeps in the run's folder what every checkpoint will hold of the model beside its weights.
+
+    Raises:
+        ConfigError: the folder cannot be written, on all ranks.
+    """
+
+    def write() -> None:
+        try:
+            shutil.rmtree(folder / MODALITIES, ignore_errors=True)
+            model.save_files(folder / MODALITIES)
+        except OSError as error:
+            raise ConfigError(f"{folder / MODALITIES}: cannot be written: {error}") from error
+
+    first_rank_decides(write)
 
 
 def _flatten(identity: dict[str, Any]) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_frozen_layers_and_all_that_is_before_them_have_no_gradient(name):
     }
     everything = make_config(name, frozen_layers="all").build_trained_encoder()
     assert not any(parameter.requires_grad for parameter in everything.parameters())
-    with pytest.raises(ConfigError, match=f"frozen_layers = 99, but the encoder has {num_layers} layers"):
+    with pytest.raises(ConfigError, match=f"frozen_layers = 99, but {num_layers} layers are known"):
         make_config(name, frozen_layers=99).build_trained_encoder()
     with pytest.raises(ValueError, match="lora keeps all weights"):
         make_config(name, frozen_layers=1, lora={})

@@ -13,8 +13,9 @@ from distributed.launches import needs_compiler
 LOAD = "from mmfuse.train.engines.extension import load_cpu_extension as load; load()"
 
 
-def start_loading(folder: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder)}
+def start_loading(cache: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(cache)}
+    environment.pop("TORCH_EXTENSIONS_DIR", None)
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of ninja
     return subprocess.Popen([sys.executable, "-c", LOAD], env=environment)
 
@@ -22,11 +23,11 @@ def start_loading(folder: Path) -> subprocess.Popen[bytes]:
 @pytest.mark.slow
 @needs_compiler
 def test_two_starts_after_a_kill_in_the_compiler_do_not_wait_for_the_lock_that_it_left(tmp_path: Path) -> None:
-    build = tmp_path / "deepspeed_shm_comm"
     killed = start_loading(tmp_path)
-    while not (build / ".ninja_log").exists():
+    while not (logs := list(tmp_path.glob("torch_extensions/mmfuse_*/deepspeed_shm_comm/.ninja_log"))):
         assert killed.poll() is None
         time.sleep(0.02)
+    build = logs[0].parent
     compiler = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()  # first: it frees its lock when the compiler fails
     for process in compiler:

@@ -1,6 +1,6 @@
 """Every objective at once for 50 steps over samples with any subset: two processes do what one does.
 
-Equal weights on the ranks are a matter of the product: no checkpoint is written where they differ.
+That ranks hold equal weights is a matter of the product: under DDP no checkpoint is written where they differ.
 """
 
 import pytest

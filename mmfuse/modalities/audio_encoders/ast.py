@@ -16,7 +16,7 @@ from mmfuse.types import EncoderOutput, Features
 def build_ast(shape: ASTConfig, *, pretrained: str | None) -> ASTModel:
     """With pretrained or fresh weights."""
     if pretrained:
-        return ASTModel.from_pretrained(pretrained)
+        return ASTModel.from_pretrained(pretrained, dtype=torch.float32)
     ast = ASTModel(shape)
     # transformers leaves these at 0, where the first norm makes gradients 10^6 times too large; the authors do this.
     embeddings = ast.embeddings

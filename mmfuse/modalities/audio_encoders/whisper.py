@@ -36,7 +36,9 @@ class WhisperSpectrum:
 
 def build_whisper(shape: WhisperConfig, *, pretrained: str | None) -> WhisperEncoder:
     """The encoder alone, with pretrained or fresh weights."""
-    return WhisperModel.from_pretrained(pretrained).encoder if pretrained else WhisperEncoder(shape)
+    if pretrained:
+        return WhisperModel.from_pretrained(pretrained, dtype=torch.float32).encoder
+    return WhisperEncoder(shape).float()  # the settings of a model stored in fp16 ask for that
 
 
 class WhisperAudioEncoder(Encoder):

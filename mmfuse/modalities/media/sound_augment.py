@@ -64,7 +64,10 @@ def change_loudness(waveform: Tensor, augment: AugmentConfig, generator: Generat
 
 
 def mask_bands(fbank: Tensor, augment: AugmentConfig, generator: Generator) -> None:
-    """Sets stretches of frames and bands of bins of `fbank (frames, mel)` to the mean, 0 after normalising."""
+    """Sets stretches of frames and bands of bins of `fbank (frames, mel)`, sound without silence behind it, to 0.
+
+    That is the mean of AudioSet after AST's normalisation, and within Whisper's range.
+    """
     bands = ((0, augment.num_time_masks, augment.time_mask), (1, augment.num_frequency_masks, augment.frequency_mask))
     for dim, count, fraction in bands:
         length = fbank.shape[dim]

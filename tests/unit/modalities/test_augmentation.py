@@ -216,3 +216,16 @@ def test_only_the_clip_is_decoded():
         damaged = data[: len(data) // 2] + bytes(len(data) // 2)
         processor = audio.Config(clip_seconds=2.56).build_processor()
         assert torch.equal(*(processor(each, seed=None)["fbank"] for each in (data, damaged)))
+
+
+def test_spec_augment_masks_sound_and_not_the_silence_behind_it():
+    augment = {"speed": 0, "time_mask": 0.2, "frequency_mask": 0}
+    config = {"encoder": "whisper", "clip_seconds": 4.0, "num_mel_bins": 80}
+    processor = audio.Config(**config, augment=augment).build_processor()
+    data, shares = sound_file(noise(1.0)), []
+    plain = processor(data, seed=None)["fbank"]
+    for seed in range(40):
+        changed = (processor(data, seed=seed)["fbank"] != plain).any(1)
+        assert not changed[100:].any()
+        shares.append(changed.double().mean() * 4)
+    assert max(shares) <= 0.2 and sum(share > 0.05 for share in shares) > 20

@@ -20,6 +20,7 @@ from transformers import (
 
 from mmfuse.errors import ConfigError
 from mmfuse.modalities import audio, image, text
+from mmfuse.modalities.adaptation.lora import LoraConfig
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -197,3 +198,14 @@ def test_a_fresh_ast_starts_with_tame_gradients():
     encoder(collated("audio", range(4))).pooled.square().sum().backward()
     norm = encoder.ast.embeddings.cls_token.grad.norm()
     assert norm < 10, f"{norm}: transformers' zero tokens would give thousands"
+
+
+def test_lora_of_an_encoder_that_reads_weights_instead_of_calling_maps_learns_everywhere():
+    config = image.Config(
+        architecture="beit_base_patch16_224", image_size=32, num_layers=1, hidden_size=24, num_heads=3
+    )
+    encoder = config.model_copy(update={"lora": LoraConfig(rank=2)}).build_trained_encoder()
+    encoder(encoder.minimal_inputs(torch.device("cpu"))).pooled.sum().backward()
+    trained = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
+    assert any("mlp.fc1.lora_A" in name for name in trained) and not any("qkv" in name for name in trained)
+    assert all(gradient is not None for gradient in trained.values())

@@ -7,9 +7,20 @@ import pytest
 import timm
 import torch
 from helpers import ALL, TINY_MODALITIES, picture_bytes, sound_bytes, write_data_set, write_tiny_run
-from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, DistilBertConfig, DistilBertModel
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    WhisperConfig,
+    WhisperModel,
+)
 
 import mmfuse
+from mmfuse.cli import main
 from mmfuse.errors import ConfigError
 from mmfuse.modalities import audio, text
 from mmfuse.train.checkpoint import find_checkpoint
@@ -38,6 +49,51 @@ def write_pretrained(folder: Path) -> dict[str, dict]:
     }
 
 
+def assert_embeds_on(checkpoint: Path, recipe: Path, *, moved_to: Path) -> None:
+    """A folder of embeddings that the checkpoint began is known by its copy."""
+    out = moved_to.with_name("embedded")
+    for folder in (checkpoint, shutil.copytree(checkpoint, moved_to)):
+        (out / "part-00000.json").unlink(missing_ok=True)
+        assert main(["embed", str(folder), str(recipe), "--split", "train", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("name", ["text", "audio", "whisper"])
+def test_what_is_stored_in_half_precision_is_trained_in_fp32(tmp_path: Path, name: str) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    shape = {"patch_size": 16, "frequency_stride": 16, "time_stride": 16, "max_length": 32, "num_mel_bins": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+    stored = {
+        "text": lambda: BertModel(BertConfig(vocab_size=6368, **sizes)),
+        "audio": lambda: ASTModel(ASTConfig(**sizes, **shape)),
+        "whisper": lambda: WhisperModel(WhisperConfig(d_model=16, max_source_positions=16, num_mel_bins=16, **heads)),
+    }
+    stored[name]().half().save_pretrained(tmp_path / "hub")
+    named = str(tmp_path / "hub")
+    config = {
+        "text": lambda: text.Config(pretrained=named),
+        "audio": lambda: audio.Config(pretrained=named, clip_seconds=0.32, num_mel_bins=16),
+        "whisper": lambda: audio.Config(encoder="whisper", pretrained=named, clip_seconds=0.32, num_mel_bins=16),
+    }[name]()
+    (tmp_path / "files").mkdir()
+    config.save_files(tmp_path / "files")
+    for each in (config, config.with_files(tmp_path / "files")):
+        assert {parameter.dtype for parameter in each.build_encoder().parameters()} == {torch.float32}
+
+
+def test_models_that_are_not_there_or_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
+    WhisperConfig().save_pretrained(tmp_path)
+    named = str(tmp_path)
+    with pytest.raises(ConfigError, match="is a whisper, not a audio-spectrogram-transformer"):
+        audio.Config(pretrained=named).build_encoder()
+    for config in (text.Config(pretrained="no/such/model"), audio.Config(architecture=f"{tmp_path}/nowhere")):
+        with pytest.raises(ConfigError, match=r"^(text.pretrained|audio.architecture) = .*(no/such/model|nowhere)"):
+            config.build_encoder()
+    with pytest.raises(ConfigError, match=r"text.tokenizer = no/such/tokenizer"):
+        text.Config(tokenizer="no/such/tokenizer").build_processor()
+    with pytest.raises(ValueError, match="set one of the two"):
+        text.Config(pretrained="a", architecture="b")
+
+
 def test_the_checkpoint_alone_embeds_and_goes_on_when_the_pretrained_models_are_gone(tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     hub.mkdir()
@@ -48,6 +104,9 @@ def test_the_checkpoint_alone_embeds_and_goes_on_when_the_pretrained_models_are_
     items = {"text": ["a red apple", "rain"], "image": [picture_bytes(1)] * 2, "audio": [sound_bytes(1), None]}
     first = mmfuse.load(find_checkpoint(folder), device="cpu").encode(**items)
 
+    assert_embeds_on(find_checkpoint(folder), recipe, moved_to=tmp_path / "copied")
+    with pytest.raises(ConfigError, match=r"image.architecture: the checkpoint .* has its own"):
+        mmfuse.load(folder, overrides=["model.modalities.image.architecture=vit_base_patch16_224"])
     shutil.rmtree(hub)
     shutil.move(find_checkpoint(folder), tmp_path / "taken")
     alone = mmfuse.load(tmp_path / "taken", device="cpu")

@@ -97,3 +97,12 @@ def test_a_step_of_two_micro_steps_takes_the_mean_of_their_losses_and_gradients(
         optimizer.zero_grad()
     numbers = [number for row in read_metrics(folder, "loss", "grad_norm") for number in row]
     assert numbers == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_that_ranks_do_not_share_stop_the_run_and_are_not_saved(
+    tiny_run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("mmfuse.train.resume.find_differences", lambda weights: list(weights)[:2])
+    with pytest.raises(TrainingError, match=r"different weights at step \d+, such as model\.\S+ \(2 of them\)"):
+        train_tiny(tiny_run, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
