@@ -35,7 +35,7 @@ def read_structure(setting: str, named: str, *, family: str | None = None) -> An
     with named_in(setting, named):
         structure = AutoConfig.from_pretrained(named)
     if family is not None and structure.model_type != family:
-        raise ConfigError(f"{setting} = {named}: is a {structure.model_type}, not a {family}")
+        raise ConfigError(f"{setting} = {named}: is of the family {structure.model_type}, not {family}")
     return structure
 
 

@@ -83,7 +83,7 @@ def test_what_is_stored_in_half_precision_is_trained_in_fp32(tmp_path: Path, nam
 def test_models_that_are_not_there_or_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
     WhisperConfig().save_pretrained(tmp_path)
     named = str(tmp_path)
-    with pytest.raises(ConfigError, match="is a whisper, not a audio-spectrogram-transformer"):
+    with pytest.raises(ConfigError, match="is of the family whisper, not audio-spectrogram-transformer"):
         audio.Config(pretrained=named).build_encoder()
     for config in (text.Config(pretrained="no/such/model"), audio.Config(architecture=f"{tmp_path}/nowhere")):
         with pytest.raises(ConfigError, match=r"^(text.pretrained|audio.architecture) = .*(no/such/model|nowhere)"):
