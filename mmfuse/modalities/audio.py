@@ -41,7 +41,6 @@ class Config(ModalityConfig):
 
     encoder: Literal["ast", "whisper"] = "ast"
     """Whisper's hears whole clips, 30 s where it is pretrained, and takes as long for short ones."""
-
     sample_rate: PositiveInt = 16_000
     """Every clip is resampled to this, in Hz."""
     clip_seconds: PositiveFloat = 2.56
@@ -102,7 +101,7 @@ class Config(ModalityConfig):
         shape = self._read_shape()
         if isinstance(shape, WhisperConfig):
             model = build_whisper(shape, pretrained=self.pretrained)
-            encoder = WhisperAudioEncoder(model, pooling=self.pooling, token_stride=self.token_stride)
+            encoder = WhisperAudioEncoder(model, token_stride=self.token_stride)
         else:
             model = build_ast(shape, pretrained=self.pretrained)
             encoder = AstEncoder(model, pooling=self.pooling)

@@ -109,7 +109,6 @@ class ModalityConfig(Settings, ABC):
     """The pooled vector: the encoder's class token, or the mean over its real tokens."""
     gradient_checkpointing: bool = False
     """Keep each layer's input alone and compute the rest again in backward: far less memory, a third more time."""
-
     frozen_layers: NonNegativeInt | Literal["all"] = 0
     """How many of the encoder's first layers keep their weights, with all that is before them."""
     lora: LoraConfig | None = None
@@ -154,7 +153,7 @@ class ModalityConfig(Settings, ABC):
                     parameter.requires_grad_(False)
         return encoder
 
-    def save_files(self, folder: Path) -> None:  # some name nothing
+    def save_files(self, folder: Path) -> None:
         """Writes what the settings name and a hub holds, a tokenizer or a structure, to `folder`; weights excepted."""
 
     def with_files(self, folder: Path) -> Self:

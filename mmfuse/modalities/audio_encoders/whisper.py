@@ -47,9 +47,9 @@ class WhisperAudioEncoder(Encoder):
     It always hears whole clips: its positions and its attention were trained on sound followed by silence.
     """
 
-    def __init__(self, whisper: WhisperEncoder, *, pooling: str, token_stride: int) -> None:
+    def __init__(self, whisper: WhisperEncoder, *, token_stride: int) -> None:
         super().__init__()
-        self.whisper, self.pooling, self.token_stride = whisper, pooling, token_stride
+        self.whisper, self.token_stride = whisper, token_stride
         self.width = whisper.config.d_model
 
     def forward(self, inputs: Features) -> EncoderOutput:
