@@ -32,12 +32,14 @@ from mmfuse.train.run import RunConfig, load_run
 from mmfuse.train.trainer import train
 from mmfuse.types import Batch
 
-OUR_SETTINGS = {
-    "mmfuse, image and text": ["model.modalities.audio=null", "model.fusion=null", "objectives.leave_one_out=null"],
+OPEN_CLIP = "open_clip, image and text"
+_WITHOUT_SOUND = ["model.modalities.audio=null", "model.fusion=null", "objectives.leave_one_out=null"]
+SYSTEMS = {
+    OPEN_CLIP: _WITHOUT_SOUND,
+    "mmfuse, image and text": _WITHOUT_SOUND,
     "mmfuse, image, text and sound": [],
 }
-OPEN_CLIP = "open_clip, image and text"
-SYSTEMS = (OPEN_CLIP, *OUR_SETTINGS)
+"""With what each changes in the run."""
 DIRECTIONS = ("image->text", "text->image")
 SEP = 3
 """Id of the tiny vocabulary with which every text ends."""
@@ -52,7 +54,7 @@ def make_run(system: str, arguments: argparse.Namespace, *, folder: str) -> RunC
     settings.append(f"data.train=[{{recipe: {arguments.recipe}, split: train}}]")
     for name in ("new_drawings", "new_emoji"):
         settings.append(f"data.validation.{name}={{recipe: {arguments.recipe}, split: {name}}}")
-    return load_run("emoji", overrides=[*settings, *OUR_SETTINGS.get(system, OUR_SETTINGS["mmfuse, image and text"])])
+    return load_run("emoji", overrides=[*settings, *SYSTEMS[system]])
 
 
 def train_ours(run: RunConfig) -> Scores:
@@ -186,7 +188,7 @@ def table(results: dict[str, list[Scores]]) -> list[str]:
             low, high = summarise(values)[1:]
             cells.append(f"{sum(values) / len(values):.1f}% ({low:.1f} to {high:.1f})")
         lines.append(f"| {system} | " + " | ".join(cells) + " |")
-    chances = [results[SYSTEMS[0]][0][name][DIRECTIONS[0]][f"chance {k}"] * 100 for name, k in columns]
+    chances = [results[OPEN_CLIP][0][name][DIRECTIONS[0]][f"chance {k}"] * 100 for name, k in columns]
     return [*lines, "| chance | " + " | ".join(f"{chance:.2f}%" for chance in chances) + " |"]
 
 

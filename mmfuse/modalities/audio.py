@@ -4,7 +4,7 @@ import functools
 import io
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import soundfile
 import torch
@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 from transformers import ASTConfig, ASTFeatureExtractor, WhisperConfig, WhisperFeatureExtractor
 
 from mmfuse.errors import ConfigError, SampleError
-from mmfuse.modalities.adaptation.named import read_preprocessing, read_structure
+from mmfuse.modalities.adaptation.named import NamedModelConfig, read_preprocessing, read_structure
 from mmfuse.modalities.audio_encoders.ast import AstEncoder, build_ast
 from mmfuse.modalities.audio_encoders.whisper import WhisperAudioEncoder, WhisperSpectrum, build_whisper
-from mmfuse.modalities.base import Encoder, ModalityConfig, Processor
+from mmfuse.modalities.base import Encoder, Processor
 from mmfuse.modalities.media.filter_banks import FilterBank
 from mmfuse.modalities.media.given import sound_to_bytes
 from mmfuse.modalities.media.sound_augment import (
@@ -36,9 +36,10 @@ _SPARE_SECONDS = 0.1
 """Decoded after a clip: the rest of its last frame, and what resampling looks ahead."""
 
 
-class Config(ModalityConfig):
+class Config(NamedModelConfig):
     """AST or Whisper's encoder of transformers; without `pretrained` of the sizes given here."""
 
+    modality: ClassVar[str] = "audio"
     encoder: Literal["ast", "whisper"] = "ast"
     """Whisper's hears whole clips, 30 s where it is pretrained, and takes as long for short ones."""
     sample_rate: PositiveInt = 16_000
@@ -46,10 +47,6 @@ class Config(ModalityConfig):
     clip_seconds: PositiveFloat = 2.56
     """Length of a clip; shorter ones are padded and masked, longer ones cropped (at a seeded offset in training)."""
     num_mel_bins: PositiveInt = 64
-    pretrained: str | None = None
-    """Local folder or hub id of such an encoder; normalisation and sizes are then its own and must fit the clip."""
-    architecture: str | None = None
-    """The same without its weights."""
     patch_size: PositiveInt = 64
     """AST: side of the square patches, in mel bins and frames."""
     frequency_stride: PositiveInt = 64
@@ -76,18 +73,11 @@ class Config(ModalityConfig):
 
     @model_validator(mode="after")
     def _check_encoder(self) -> "Config":
-        if self.pretrained and self.architecture:
-            raise ValueError("pretrained has its own architecture: set one of the two")
         if self.encoder == "whisper" and self.pooling == "cls":
             raise ValueError("encoder = whisper has no class token: pooling must be mean")
         if self.encoder == "whisper" and self.named is None and self.num_frames % 2:
             raise ValueError(f"clip_seconds = {self.clip_seconds}: whisper takes clips of a multiple of 0.02 s")
         return self
-
-    @property
-    def named(self) -> str | None:
-        """Where the sizes come from, if not from here."""
-        return self.pretrained or self.architecture
 
     @property
     def num_frames(self) -> int:
@@ -145,8 +135,7 @@ class Config(ModalityConfig):
         if self.named is None:
             return self._own_shape()
         family = "whisper" if self.encoder == "whisper" else "audio-spectrogram-transformer"
-        setting = "audio.pretrained" if self.pretrained else "audio.architecture"
-        shape = read_structure(setting, self.named, family=family)
+        shape = read_structure(self.naming_setting, self.named, family=family)
         num_frames = 2 * shape.max_source_positions if self.encoder == "whisper" else shape.max_length
         if (num_frames, shape.num_mel_bins) != (self.num_frames, self.num_mel_bins):
             seconds, bins = num_frames * FRAME_SHIFT_MS / 1000, shape.num_mel_bins
@@ -180,7 +169,7 @@ class Config(ModalityConfig):
         family = ASTFeatureExtractor if self.encoder == "ast" else WhisperFeatureExtractor
         if self.named is None:
             return self._own_extractor()
-        return read_preprocessing("audio.pretrained", self.named, family.from_pretrained, self._own_extractor)
+        return read_preprocessing(self.naming_setting, self.named, family.from_pretrained, self._own_extractor)
 
     def _own_extractor(self) -> ASTFeatureExtractor | WhisperFeatureExtractor:
         if self.encoder == "ast":

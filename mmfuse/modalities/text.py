@@ -3,17 +3,17 @@
 import codecs
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
-from mmfuse.modalities.adaptation.named import named_in, read_structure
-from mmfuse.modalities.base import Encoder, ModalityConfig, Processor, find_layers, masked_mean
+from mmfuse.modalities.adaptation.named import NamedModelConfig, named_in, read_structure
+from mmfuse.modalities.base import Encoder, Processor, find_layers, masked_mean
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("txt",)
@@ -27,19 +27,16 @@ class AugmentConfig(Settings):
     """Of leaving a token out; special ones never, and never all others; 0 turns it off."""
 
 
-class Config(ModalityConfig):
+class Config(NamedModelConfig):
     """A transformers text encoder; without `pretrained` a BERT of the sizes given here."""
 
+    modality: ClassVar[str] = "text"
     tokenizer: str = "tiny"
     """A vocabulary shipped in `modalities/vocabulary`, a local folder, or a hub id."""
     max_tokens: PositiveInt = 32
     """Longer captions are cut, [CLS] and [SEP] included."""
     max_bytes_per_token: PositiveInt = 32
     """What lies behind this many bytes times `max_tokens` is not even tokenized: that costs 3 us a byte."""
-    pretrained: str | None = None
-    """Local folder or hub id of any `AutoModel` encoder; the sizes below are then its own."""
-    architecture: str | None = None
-    """The same without its weights."""
     vocab_size: PositiveInt = 8000
     """At least the tokenizer's length."""
     hidden_size: PositiveInt = 128
@@ -49,12 +46,6 @@ class Config(ModalityConfig):
     """Of hidden states and attention, also with `pretrained`. Above 0 the numbers depend on the world size."""
     augment: AugmentConfig = AugmentConfig()
 
-    @model_validator(mode="after")
-    def _check_named_once(self) -> "Config":
-        if self.pretrained and self.architecture:
-            raise ValueError("pretrained has its own architecture: set one of the two")
-        return self
-
     def build_processor(self) -> Processor:
         return TextProcessor(self)
 
@@ -63,11 +54,11 @@ class Config(ModalityConfig):
 
     def save_files(self, folder: Path) -> None:
         self.build_tokenizer().save_pretrained(folder)
-        if named := self.pretrained or self.architecture:
-            read_structure("text.pretrained", named).save_pretrained(folder)
+        if self.named:
+            read_structure(self.naming_setting, self.named).save_pretrained(folder)
 
     def with_files(self, folder: Path) -> Self:
-        named = str(folder) if self.pretrained or self.architecture else None
+        named = str(folder) if self.named else None
         return self.model_copy(update={"tokenizer": str(folder), "pretrained": None, "architecture": named})
 
     def build_tokenizer(self) -> Any:
@@ -169,14 +160,13 @@ class TextEncoder(Encoder):
 
 def _build_transformer(config: Config) -> Any:
     """A transformer without its pooler: an unused parameter would stop DDP."""
-    if named := config.pretrained or config.architecture:
-        setting = "text.pretrained" if config.pretrained else "text.architecture"
-        settings = read_structure(setting, named)
+    if config.named:
+        settings = read_structure(config.naming_setting, config.named)
         for name, value in settings.to_dict().items():
             if "dropout" in name and isinstance(value, float):  # each family has its own names
                 setattr(settings, name, config.dropout)
         # In fp32, whatever the weights are stored in: the run's precision decides what is computed in less.
-        with named_in(setting, named):
+        with named_in(config.naming_setting, config.named):
             if config.pretrained:
                 transformer = AutoModel.from_pretrained(config.pretrained, config=settings, dtype=torch.float32)
             else:

@@ -3,13 +3,41 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
+from pydantic import model_validator
 from transformers import AutoConfig
 
 from mmfuse.errors import ConfigError
+from mmfuse.modalities.base import ModalityConfig
 
 E = TypeVar("E")
+
+
+class NamedModelConfig(ModalityConfig):
+    """Settings of a modality whose encoder may be a model of transformers that has a name."""
+
+    modality: ClassVar[str]
+    pretrained: str | None = None
+    """Local folder or hub id of an encoder; its preprocessing is taken too, and the sizes below are then its own."""
+    architecture: str | None = None
+    """The same without its weights."""
+
+    @model_validator(mode="after")
+    def _check_named_once(self) -> Self:
+        if self.pretrained and self.architecture:
+            raise ValueError("pretrained has its own architecture: set one of the two")
+        return self
+
+    @property
+    def named(self) -> str | None:
+        """Where the sizes come from, if not from the settings."""
+        return self.pretrained or self.architecture
+
+    @property
+    def naming_setting(self) -> str:
+        """The setting that `named` is the value of, for messages."""
+        return f"{self.modality}.{'pretrained' if self.pretrained else 'architecture'}"
 
 
 @contextmanager

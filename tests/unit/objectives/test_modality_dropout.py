@@ -31,7 +31,7 @@ def test_without_any_context_samples_are_those_of_one_modality(name: str) -> Non
     task = make_task(name, 0.999999)
     dropped, alone = row_losses(task, make_batch("tia tia tia")), row_losses(task, make_batch(" ".join([letter] * 3)))
     assert dropped.keys() == alone.keys() and dropped
-    assert [dropped[key] == pytest.approx(alone[key], rel=1e-9) for key in dropped] == [True] * len(dropped)
+    assert all(dropped[key] == pytest.approx(alone[key], rel=1e-9) for key in dropped)
     seen = row_losses(task.eval(), make_batch("tia tia tia"))  # nothing is dropped but in training
     assert all(seen[key] != pytest.approx(alone[key], rel=1e-6) for key in seen)
 
