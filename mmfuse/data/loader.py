@@ -4,6 +4,7 @@ The loader takes `rank` and `world_size` as arguments, so tests of order simulat
 go through `accelerator.prepare`: that deals batches a second time (16 of 32 samples arrive) or reads for all on rank 0.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ class PlannedDataset(Dataset[Batch | MmfuseError]):
 
     def __getitem__(self, request: BatchRequest) -> Batch | MmfuseError:
         try:
-            samples = [self.decoder(SampleRef(*ref)) for ref in request.refs.tolist()]
+            samples = self.decoder(itertools.starmap(SampleRef, request.refs.tolist()))
         except MmfuseError as error:
             return error
         return collate_samples(samples, self.decoder.processors, step=request.step, global_rows=request.global_rows)

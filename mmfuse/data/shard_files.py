@@ -3,7 +3,7 @@
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +41,8 @@ class ShardFiles:
         """Without what is open: file numbers mean others in a spawned worker."""
         return {**self.__dict__, "_files": OrderedDict(), "_indexes": OrderedDict()}
 
-    def read(self, shard: int, spans: Mapping[str, Span | None]) -> dict[str, tuple[str, bytes]]:
-        """Members of one sample by the names of their places: extension and bytes, nothing for None.
+    def read(self, shard: int, spans: Iterable[tuple[str, Span | None]]) -> dict[str, tuple[str, bytes]]:
+        """Members of one sample by the given names: extension and bytes, nothing for None.
 
         Neighbours are not read in one go: the copies of them cost as much as the calls that it saves.
 
@@ -53,7 +53,7 @@ class ShardFiles:
         members: dict[str, tuple[str, bytes]] = {}
         file, opened, offset = -1, -1, 0
         try:
-            for name, span in spans.items():
+            for name, span in spans:
                 if span is None:
                     continue
                 extension, part, offset, size = span

@@ -136,7 +136,7 @@ class Source:
         key, spans = index.spans(inside, self._choices)
         if seed is not None and self._weights:
             self._draw_extensions(index, inside, spans, seed=seed)
-        members = self.files.read(shard, dict(zip(self._modalities, spans, strict=True)))
+        members = self.files.read(shard, zip(self._modalities, spans, strict=True))
         group = self._group_of(shard, key) if self.group_pattern else None
         return RawSample(self._shown[shard], key, group, members)
 

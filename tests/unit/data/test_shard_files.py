@@ -44,7 +44,7 @@ def test_a_reader_waits_for_an_index_that_was_lost(files: ShardFiles, tmp_path: 
     assert len(files.index(0)) == 2
     late.join()
     key, (span,) = files.index(0).spans(1, (("txt",),))
-    assert (key, files.read(0, {"text": span})) == ("2", {"text": ("txt", b"two")})
+    assert (key, files.read(0, [("text", span)])) == ("2", {"text": ("txt", b"two")})
 
 
 def test_a_damaged_index_stops_its_reader_with_its_name(files: ShardFiles, tmp_path: Path) -> None:
