@@ -211,11 +211,15 @@ def open_streaming(job: Job) -> Iterable[Any]:
 
 
 def open_litdata(job: Job) -> Iterable[Any]:
-    """LitData chunks: chunks shuffled, samples in windows within a chunk."""
+    """LitData chunks: chunks shuffled, samples in windows within a chunk; its views into mapped files made bytes."""
     import litdata
 
+    def transform(sample: dict[str, Any]) -> dict[str, Any]:
+        # A view into a map that nobody has touched is not read: the others deliver bytes in memory.
+        return job.values_of({extension: bytes(sample[extension]) for extension in job.extensions})
+
     folder = job.folder.with_name(f"{job.folder.name}.litdata")
-    dataset = litdata.StreamingDataset(str(folder), shuffle=True, drop_last=False, seed=SEED, transform=job.values_of)
+    dataset = litdata.StreamingDataset(str(folder), shuffle=True, drop_last=False, seed=SEED, transform=transform)
     return litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=job.num_workers, collate_fn=job.collate)
 
 
