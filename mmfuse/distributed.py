@@ -83,6 +83,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
+def largest_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of every rank's `value`."""
+    largest = torch.tensor(value, device=device)
+    if world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def find_differences(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that ranks hold differently, by the sums of their bits; all ranks must call."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

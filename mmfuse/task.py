@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmfuse.model.model import FusionModel, ModelConfig
-from mmfuse.objectives.base import Objective, ObjectiveConfig, StepInputs
+from mmfuse.objectives.base import Comparison, Objective, ObjectiveConfig, Seen, StepInputs
 from mmfuse.randomness import seeded_torch
 from mmfuse.types import Batch, StepOutput
 
@@ -30,7 +30,19 @@ class Task(nn.Module):
         self.fuses_batch = self.model.fusion is not None and (reads or not trains)
         self.weights = {name: config.weight for name, config in objectives.items()}
 
-    def forward(self, batch: Batch) -> StepOutput:
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """The objectives that compare rows of the whole global batch."""
+        return {name: o for name, o in self.objectives.items() if isinstance(o, Comparison)}
+
+    def represent(self, batch: Batch) -> dict[str, Tensor]:
+        """What the comparisons see of a batch, `(B, S, E)` each."""
+        inputs = StepInputs(self.model, batch, self.model.encode(batch), None)
+        return {name: objective.represent(inputs) for name, objective in self.comparisons.items()}
+
+    def forward(self, batch: Batch, seen: Mapping[str, Seen] | None = None) -> StepOutput:
+        """The batch's loss, or the step's where comparisons have `seen` other micro-batches; whose gradient is this
+        batch's part."""
         encoded = self.model.encode(batch)
         fused = self.model.fuse(encoded.token_batch) if self.fuses_batch else None
         inputs = StepInputs(self.model, batch, encoded, fused)
@@ -41,7 +53,8 @@ class Task(nn.Module):
         terms, row_losses = {}, {}
         for name, objective in self.objectives.items():
             assert isinstance(objective, Objective)
-            for part, term in objective(inputs).items():
+            found = objective(inputs, seen[name]) if seen and name in seen else objective(inputs)
+            for part, term in found.items():
                 loss = loss + self.weights[name] * term.loss
                 shown = f"{name}/{part}" if part != name else name
                 terms[shown], row_losses[shown] = term.loss.detach(), (term.rows, term.row_losses)

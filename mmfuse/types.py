@@ -71,8 +71,10 @@ class Batch:
     inputs: dict[str, ModalityBatch]
     step: int
     global_rows: int
-    """Rows of this micro-batch over all ranks."""
+    """Rows of this micro-batch, or of these, over all ranks."""
     faults: tuple[Fault, ...] = ()
+    micro_batches: int = 1
+    """How many micro-batches stand here one after the other; of each, these are the rows that this rank owns."""
 
     def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""

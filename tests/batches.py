@@ -24,6 +24,7 @@ ALL_OBJECTIVES = (
     "feature_prediction",
     "masked_image",
     "masked_audio",
+    "next_sentence",
 )
 CLS, SEP, FIRST_WORD = 2, 3, 5
 """Ids of the tiny vocabulary."""
@@ -77,7 +78,10 @@ def random_features(modality: str, *, seed: int) -> Features:
         words = torch.randint(
             FIRST_WORD, 6368, (int(torch.randint(1, 6, (), generator=generator)),), generator=generator
         )
-        return {"input_ids": torch.cat([torch.tensor([CLS]), words, torch.tensor([SEP])])}
+        end = torch.tensor([SEP])
+        others = words.flip(0)[: seed % 3]  # every third text is one sentence
+        ids = torch.cat([torch.tensor([CLS]), words, end, others, end[: len(others)]])
+        return {"input_ids": ids, "second": torch.tensor(len(words) + 2)}
     if modality == "image":
         return {"pixels": torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8)}
     frames = int(torch.randint(5, 33, (), generator=generator))

@@ -3,9 +3,11 @@
 import json
 import random
 from collections.abc import Mapping
+from itertools import pairwise
 
 from mmfuse.data.recipe import JsonCaptions, MemberRule
 from mmfuse.errors import SampleError
+from mmfuse.modalities.media.sentences import BETWEEN_SENTENCES
 
 
 def choose_caption(data: bytes, rule: MemberRule, *, seed: int | None) -> bytes:
@@ -16,8 +18,11 @@ def choose_caption(data: bytes, rule: MemberRule, *, seed: int | None) -> bytes:
     """
     if rule.captions == "whole":
         return data
-    if rule.captions == "lines":
-        return _choose([line for line in data.splitlines() if line.strip()], seed=seed, what="in any line")
+    if rule.captions in ("lines", "sentences"):
+        lines = [line for line in data.splitlines() if line.strip()]
+        if rule.captions == "sentences" and len(lines) > 1:
+            lines = [BETWEEN_SENTENCES.join(pair) for pair in pairwise(lines)]
+        return _choose(lines, seed=seed, what="in any line")
     return _choose_in_json(data, rule.captions, seed=seed)
 
 

@@ -46,8 +46,9 @@ class MemberRule(Settings):
     extensions: tuple[str, ...] | dict[str, PositiveFloat] = Field(min_length=1)
     """Without the leading dot. A list: the first that a sample has. With weights: training draws among those that it
     has, evaluation takes the first."""
-    captions: Literal["whole", "lines"] | JsonCaptions = "whole"
-    """Text only. `lines`: one caption a line; training draws one, evaluation takes the first."""
+    captions: Literal["whole", "lines", "sentences"] | JsonCaptions = "whole"
+    """Text only. `lines`: one caption a line; training draws one, evaluation takes the first. `sentences`: one sentence
+    a line, and the text is two that follow each other, or the only one; drawn likewise."""
 
 
 class Split(Settings):

@@ -113,7 +113,11 @@ class Embedder:
 
 
 def load(
-    checkpoint: str | os.PathLike[str], *, device: str | torch.device | None = None, overrides: Iterable[str] = ()
+    checkpoint: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    overrides: Iterable[str] = (),
+    averaged: bool = True,
 ) -> Embedder:
     """A trained model, ready to `encode`.
 
@@ -121,6 +125,7 @@ def load(
         checkpoint: a folder `step_NNNNNNNN`, or a run's folder for its newest one.
         device: by default a GPU where there is one.
         overrides: settings of the run, `a.b=value`.
+        averaged: with the moving average of the weights, where the run kept one (`train.ema_decay`), not the last ones.
     Raises:
         CheckpointError: incomplete, or of another model.
         ConfigError: no such device, or a wrong override.
@@ -129,7 +134,7 @@ def load(
     verify_checkpoint(folder)
     run, model = load_stored_run(folder, overrides=overrides)
     task = Task(model, run.objective_configs, seed=run.seed)
-    load_weights(task, folder)
+    load_weights(task, folder, averaged=averaged)
     processors = {name: config.build_processor() for name, config in model.modality_configs.items()}
     return Embedder(folder, run, task.model, processors, find_device(device))
 

@@ -14,6 +14,7 @@ from mmfuse.config import Settings
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.adaptation.named import NamedModelConfig, named_in, read_structure
 from mmfuse.modalities.base import Encoder, Processor, find_layers, masked_mean
+from mmfuse.modalities.media.sentences import BETWEEN_SENTENCES
 from mmfuse.types import EncoderOutput, Features
 
 EXTENSIONS = ("txt",)
@@ -76,7 +77,7 @@ class Config(NamedModelConfig):
 
 
 class TextProcessor:
-    """UTF-8 bytes -> `input_ids (L,)`."""
+    """UTF-8 bytes -> `input_ids (L,)`, and `second`: where the second sentence begins, L where there is none."""
 
     def __init__(self, config: Config) -> None:
         self.tokenizer = config.build_tokenizer()
@@ -87,17 +88,21 @@ class TextProcessor:
         dropping = None
         if seed is not None and self.drop_probability:
             dropping = torch.Generator().manual_seed(seed)
+        first, divided, second = self._decode(data).partition(BETWEEN_SENTENCES.decode())
         encoded = self.tokenizer(
-            self._decode(data),
+            first,
+            second if divided else None,
             truncation=True,
             max_length=self.max_tokens,
             return_special_tokens_mask=dropping is not None,
         )
         ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        start = encoded.sequence_ids().index(1) if divided else len(ids)
         if dropping is not None:
             special = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
-            ids = ids[_draw_kept(special, self.drop_probability, dropping)]
-        return {"input_ids": ids}
+            kept = _draw_kept(special, self.drop_probability, dropping)
+            ids, start = ids[kept], int(kept[:start].sum())
+        return {"input_ids": ids, "second": torch.tensor(start)}
 
     def to_bytes(self, value: Any) -> bytes:
         """Of a `str`."""
@@ -118,11 +123,15 @@ class TextProcessor:
         return text
 
     def collate(self, features: list[Features]) -> Features:
-        """Padded to the longest: `input_ids (n, L)`, `attention_mask` bool `(n, L)`."""
+        """Padded to the longest: `input_ids (n, L)`, `attention_mask` bool `(n, L)`; `second (n,)`."""
         ids = [item["input_ids"] for item in features]
         lengths = torch.tensor([len(row) for row in ids])
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        return {"input_ids": padded, "attention_mask": torch.arange(padded.shape[1]) < lengths[:, None]}
+        return {
+            "input_ids": padded,
+            "attention_mask": torch.arange(padded.shape[1]) < lengths[:, None],
+            "second": torch.stack([item["second"] for item in features]),
+        }
 
 
 def _draw_kept(special: Tensor, drop_probability: float, generator: torch.Generator) -> Tensor:
@@ -134,7 +143,7 @@ def _draw_kept(special: Tensor, drop_probability: float, generator: torch.Genera
 
 
 class TextEncoder(Encoder):
-    """`input_ids (n, L)`, `attention_mask (n, L)` -> BERT's last hidden states."""
+    """`input_ids (n, L)`, `attention_mask (n, L)`, `second (n,)` -> BERT's last hidden states."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -143,10 +152,15 @@ class TextEncoder(Encoder):
             self.bert.gradient_checkpointing_enable({"use_reentrant": False})
         self.width = self.bert.config.hidden_size
         self.pooling = config.pooling
+        self.knows_segments = getattr(self.bert.config, "type_vocab_size", 0) > 1  # RoBERTa, DistilBERT, ... do not
 
     def forward(self, inputs: Features) -> EncoderOutput:
         mask: Tensor = inputs["attention_mask"]
-        tokens = self.bert(input_ids=inputs["input_ids"], attention_mask=mask.long()).last_hidden_state
+        segments = {}
+        if self.knows_segments:
+            place = torch.arange(mask.shape[1], device=mask.device)
+            segments["token_type_ids"] = (mask & (place >= inputs["second"][:, None])).long()
+        tokens = self.bert(input_ids=inputs["input_ids"], attention_mask=mask.long(), **segments).last_hidden_state
         pooled = tokens[:, 0] if self.pooling == "cls" else masked_mean(tokens, mask)
         return EncoderOutput(tokens, mask, pooled)
 
@@ -155,7 +169,7 @@ class TextEncoder(Encoder):
 
     def minimal_inputs(self, device: torch.device) -> Features:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool), "second": ids[:, 0] + 1}
 
 
 def _build_transformer(config: Config) -> Any:

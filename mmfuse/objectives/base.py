@@ -8,6 +8,7 @@ A term that finds nothing to do on this rank is an exact 0 that is still connect
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from itertools import combinations
 from typing import ClassVar, NamedTuple
 
@@ -57,6 +58,47 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
+class Seen(NamedTuple):
+    """What a comparison of a whole step found for one of its micro-batches, before that micro-batch's backward."""
+
+    gradient: Tensor
+    """Of the step's loss by this micro-batch's vectors, times the number of micro-batches, over which engines average;
+    `(B, S, E)`."""
+    parameter_gradients: dict[str, Tensor]
+    """Of the step's loss by the objective's own parameters, by name."""
+    terms: dict[str, Term]
+    """Of the whole step, with the rows of this micro-batch alone."""
+
+
+class Comparison(Objective):
+    """An objective that compares the rows of a global batch with each other, by vectors that each has on its own.
+
+    In two parts, so that it is the same however many micro-batches a step has (GradCache, Gao et al. 2021, arXiv
+    2101.06983): first the vectors of all of them, without a graph, are compared (`train/accumulation.py`); then each
+    micro-batch gives its vectors once more, and the gradient that was found for them goes back through them.
+    """
+
+    def represent(self, inputs: StepInputs) -> Tensor:
+        """`(B, S, E)` in fp32: S vectors of each row, zeros where it lacks one. Draws no random numbers."""
+        raise NotImplementedError
+
+    def compare(self, vectors: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, Term]:
+        """Terms by name, of vectors `(B, S, E)` and the values of this objective's own parameters."""
+        raise NotImplementedError
+
+    def forward(self, inputs: StepInputs, seen: Seen | None = None) -> dict[str, Term]:
+        """Terms by name; with `seen` those of the whole step, of whose gradient this micro-batch has its part."""
+        vectors, parameters = self.represent(inputs), dict(self.named_parameters())
+        if seen is None:
+            return self.compare(vectors, parameters, inputs.batch)
+        part = (seen.gradient * vectors).sum()
+        for name, gradient in seen.parameter_gradients.items():
+            part = part + (gradient * parameters[name]).sum()
+        (name, first), *others = seen.terms.items()
+        # The value is the step's; only the gradient is that of `part`.
+        return {name: first._replace(loss=first.loss + (part - part.detach())), **dict(others)}
+
+
 def fuse_masked(inputs: StepInputs, modality: str, tokens: Tensor, *, seed: int) -> FusionOutput:
     """The batch, fused with these tokens `(n, L, D)` of a modality instead of its own.
 
@@ -82,6 +124,8 @@ class Need(NamedTuple):
     """A sample must hold all modalities of one of these."""
     across_samples: bool = False
     """Whether several samples may hold them together."""
+    captions: str | None = None
+    """How a recipe must read its texts."""
 
 
 class ObjectiveConfig(Settings, ABC):

@@ -1,6 +1,7 @@
 """Pair contrastive: every two modalities of a sample find each other among the global batch (`pairs/contrast.py`)."""
 
 import math
+from collections.abc import Mapping
 from itertools import combinations
 from typing import ClassVar, Literal
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig, at_least_fp32
-from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term
+from mmfuse.objectives.base import Comparison, Need, ObjectiveConfig, StepInputs, Term
 from mmfuse.objectives.pairs.candidates import CandidateConfig, Side
 from mmfuse.objectives.pairs.contrast import Pair, contrast
+from mmfuse.types import Batch
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 LARGEST_LOGIT_SCALE = math.log(100)
@@ -65,7 +67,7 @@ class Config(ObjectiveConfig):
         return weights
 
 
-class Contrastive(Objective):
+class Contrastive(Comparison):
     """Weighted mean of the pairs' losses, one learned scale a pair, with the sigmoid loss one bias too."""
 
     def __init__(self, weights: dict[tuple[str, str], float], config: Config) -> None:
@@ -79,12 +81,13 @@ class Contrastive(Objective):
         self.logit_scale = nn.Parameter(torch.full((count,), start))
         self.logit_bias = nn.Parameter(torch.full((count,), INITIAL_SIGMOID_BIAS)) if is_sigmoid else None
 
-    def forward(self, inputs: StepInputs) -> dict[str, Term]:
-        batch = inputs.batch
-        columns = dict(zip(batch.modalities, batch.present.unbind(1), strict=True))
-        sides = {name: Side(embedding, columns[name]) for name, embedding in inputs.encoded.embeddings.items()}
-        scales = exp_clamped(self.logit_scale)
-        biases = [None] * len(scales) if self.logit_bias is None else at_least_fp32(self.logit_bias)
+    def represent(self, inputs: StepInputs) -> Tensor:
+        return stack_embeddings(inputs)
+
+    def compare(self, vectors: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, Term]:
+        sides = modality_sides(vectors, batch)
+        scales = exp_clamped(parameters["logit_scale"])
+        biases = at_least_fp32(parameters["logit_bias"]) if "logit_bias" in parameters else [None] * len(scales)
         pairs = [
             Pair(*names, scale, bias, self.by_group)
             for names, scale, bias in zip(self.weights, scales, biases, strict=True)
@@ -95,6 +98,17 @@ class Contrastive(Objective):
                 pairs, self.weights.values(), contrast(sides, pairs, batch, self.candidates), strict=True
             )
         }
+
+
+def stack_embeddings(inputs: StepInputs) -> Tensor:
+    """`(B, M, E)`: the modalities' embeddings, zeros where there is none."""
+    return torch.stack([inputs.encoded.embeddings[name] for name in inputs.batch.modalities], dim=1)
+
+
+def modality_sides(embeddings: Tensor, batch: Batch) -> dict[str, Side]:
+    """Of `(B, M, E)`, by modality."""
+    columns = zip(batch.modalities, embeddings.unbind(1), batch.present.unbind(1), strict=True)
+    return {name: Side(embedding, present) for name, embedding, present in columns}
 
 
 class _ClampInward(torch.autograd.Function):

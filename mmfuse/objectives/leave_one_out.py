@@ -4,18 +4,20 @@ This is what makes the fused embedding good for retrieval. Samples with every mo
 candidates are all samples of the global batch that have the modality left out, as in `contrastive`.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig
 from mmfuse.model.variants import without_each
-from mmfuse.objectives.base import Need, Objective, ObjectiveConfig, StepInputs, Term
-from mmfuse.objectives.contrastive import INITIAL_LOGIT_SCALE, exp_clamped
+from mmfuse.objectives.base import Comparison, Need, ObjectiveConfig, StepInputs, Term
+from mmfuse.objectives.contrastive import INITIAL_LOGIT_SCALE, exp_clamped, modality_sides, stack_embeddings
 from mmfuse.objectives.pairs.candidates import CandidateConfig, Side
 from mmfuse.objectives.pairs.contrast import Pair, contrast
+from mmfuse.types import Batch
 
 
 class Config(ObjectiveConfig):
@@ -33,7 +35,7 @@ class Config(ObjectiveConfig):
         return LeaveOneOut(len(model.modalities), self)
 
 
-class LeaveOneOut(Objective):
+class LeaveOneOut(Comparison):
     """Mean InfoNCE between each modality and the fusion of the others."""
 
     def __init__(self, num_modalities: int, config: Config) -> None:
@@ -41,21 +43,25 @@ class LeaveOneOut(Objective):
         self.candidates = config.candidates
         self.logit_scale = nn.Parameter(torch.full((num_modalities,), INITIAL_LOGIT_SCALE))
 
-    def forward(self, inputs: StepInputs) -> dict[str, Term]:
-        batch = inputs.batch
-        complete = batch.present.all(1)
-        every = dict.fromkeys(batch.modalities, complete)
+    def represent(self, inputs: StepInputs) -> Tensor:
+        """The modalities' embeddings, then the fusions without each of them."""
+        complete = inputs.batch.present.all(1)
+        every = dict.fromkeys(inputs.batch.modalities, complete)
         fused = inputs.model.fuse(without_each(inputs.encoded.token_batch, every)).embedding
         rows = complete.nonzero()[:, 0]
         mixed = [
             part.new_zeros(len(complete), part.shape[-1]).index_copy(0, rows, part)
             for part in fused.split([len(rows)] * len(every))
         ]
-        columns = dict(zip(batch.modalities, batch.present.unbind(1), strict=True))
-        sides = {name: Side(embedding, columns[name]) for name, embedding in inputs.encoded.embeddings.items()}
-        sides |= {f"without {name}": Side(part, complete) for name, part in zip(columns, mixed, strict=True)}
-        scales = exp_clamped(self.logit_scale)
-        pairs = [Pair(f"without {name}", name, scale) for name, scale in zip(columns, scales, strict=True)]
+        return torch.cat([stack_embeddings(inputs), torch.stack(mixed, dim=1)], dim=1)
+
+    def compare(self, vectors: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, Term]:
+        names, complete = batch.modalities, batch.present.all(1)
+        embeddings, mixed = vectors.split(len(names), dim=1)
+        sides = modality_sides(embeddings, batch)
+        sides |= {f"without {name}": Side(part, complete) for name, part in zip(names, mixed.unbind(1), strict=True)}
+        scales = exp_clamped(parameters["logit_scale"])
+        pairs = [Pair(f"without {name}", name, scale) for name, scale in zip(names, scales, strict=True)]
         terms = contrast(sides, pairs, batch, self.candidates)
         loss = torch.stack([term.loss for term in terms]).mean()
         rows, row_losses = (torch.cat(parts) for parts in zip(*(term[1:] for term in terms), strict=True))

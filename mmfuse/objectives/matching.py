@@ -11,12 +11,11 @@ Shape legend: B rows of this rank, G rows of the global batch, n exchanged rows,
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from mmfuse.distributed import fetch_rows, gather_rows, sum_over_ranks, world_size
+from mmfuse.distributed import fetch_rows, gather_rows, largest_over_ranks, sum_over_ranks, world_size
 from mmfuse.errors import ConfigError
 from mmfuse.hashing import hash_int
 from mmfuse.model.model import ModelConfig, at_least_fp32
@@ -113,17 +112,10 @@ def _exchange(inputs: StepInputs, changed: Tensor, negatives: Tensor) -> TokenBa
 def _fetch_tokens(source: TokenBatch, name: str, wanted: Tensor, *, global_rows: int) -> tuple[Tensor, Tensor]:
     """Tokens and mask of one modality for rows of the global batch; only these rows travel, with gradient."""
     tokens, mask, rows = source.tokens[name], source.masks[name], source.rows[name]
-    length = _largest_over_ranks(tokens.shape[1], tokens.device)
+    length = largest_over_ranks(tokens.shape[1], tokens.device)
     tokens = F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
     mask = F.pad(mask, (0, length - mask.shape[1]))
     by_row = tokens.new_zeros(source.num_rows, *tokens.shape[1:]).index_copy(0, rows, tokens)
     mask_by_row = mask.new_zeros(source.num_rows, length).index_copy(0, rows, mask).to(torch.uint8)
     fetched = fetch_rows(by_row, wanted, global_rows=global_rows)
     return fetched, fetch_rows(mask_by_row, wanted, global_rows=global_rows).bool()
-
-
-def _largest_over_ranks(length: int, device: torch.device) -> int:
-    largest = torch.tensor(length, device=device)
-    if world_size() > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)

@@ -17,7 +17,7 @@ from torch import nn
 
 from mmfuse.errors import CheckpointError, ConfigError
 from mmfuse.model.model import ModelConfig
-from mmfuse.train.engines.base import PortableState
+from mmfuse.train.engines.base import MOMENTS, PortableState
 from mmfuse.train.run import RunConfig, load_run
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ MODALITIES = "modalities"
 MANIFEST, STATE, RUN = "manifest.json", "state.json", "run.yaml"
 _IN_FILES = (".tokenizer", ".pretrained", ".architecture")
 _PREFIX, _TEMPORARY = "step_", ".tmp"
+_AVERAGE = "ema"
 
 
 def save_checkpoint(
@@ -137,13 +138,15 @@ def stored_model(model: ModelConfig, folder: Path) -> ModelConfig:
     return model.with_files(files) if files.is_dir() else model  # checkpoints of earlier versions have none
 
 
-def load_weights(task: nn.Module, folder: Path) -> None:
+def load_weights(task: nn.Module, folder: Path, *, averaged: bool = False) -> None:
     """Puts a checkpoint's weights into an unwrapped task.
 
+    Args:
+        averaged: the moving average instead of the last ones, where the run kept one (`train.ema_decay`).
     Raises:
         CheckpointError: damaged, or the weights of another model; names the first differences.
     """
-    stored = _load(folder, "model")
+    stored = _load(folder, _AVERAGE if averaged and _AVERAGE in _kinds(folder) else "model")
     ours = task.state_dict()
     wrong = [name for name in ours if name not in stored or stored[name].shape != ours[name].shape]
     wrong += sorted(name for name in stored if name not in ours)
@@ -156,7 +159,12 @@ def load_weights(task: nn.Module, folder: Path) -> None:
 
 def load_portable_state(folder: Path) -> PortableState:
     """All tensors of a checkpoint, on the CPU."""
-    return {kind: _load(folder, kind) for kind in ("model", "exp_avg", "exp_avg_sq")}
+    return {kind: _load(folder, kind) for kind in _kinds(folder)}
+
+
+def _kinds(folder: Path) -> tuple[str, ...]:
+    """Of tensors that a checkpoint holds."""
+    return ("model", *MOMENTS, *([_AVERAGE] if (folder / f"{_AVERAGE}.safetensors").is_file() else []))
 
 
 def _load(folder: Path, kind: str) -> dict[str, torch.Tensor]:

@@ -161,8 +161,14 @@ def check_fed(run: RunConfig, sources: Sequence[Source]) -> None:
         ConfigError: an objective needs samples that no source holds.
     """
     held = {frozenset(present) for source in sources for present in source.count_by_modalities()}
+    readings = {str(rule.captions) for source in sources for rule in source.rules.values()}
     for name, config in run.objective_configs.items():
         for need in config.needs(name, tuple(run.model.modalities)):
+            if need.captions and need.captions not in readings:
+                raise ConfigError(
+                    f"objectives.{need.setting} learns from texts that a recipe of data.train reads as "
+                    f"`captions: {need.captions}`, and none does; data_shards/README.md tells how"
+                )
             seen = {frozenset().union(*held)} if need.across_samples else held
             if not any(wanted <= present for wanted in need.any_of for present in seen):
                 wanted = " or ".join("+".join(sorted(wanted)) for wanted in need.any_of)

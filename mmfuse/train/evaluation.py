@@ -144,7 +144,7 @@ def evaluate_checkpoint(
     evaluator = Evaluator(run, model, folder=folder)
     task = Task(model, run.objective_configs, seed=run.seed).to(device)
     evaluator.evaluate_step(task, device, step=0, folder=folder)
-    load_weights(task, checkpoint)
+    load_weights(task, checkpoint, averaged=True)
     results = evaluator.evaluate_step(task, device, step=step, folder=folder)
     evaluator.report(results, folder)
     return results

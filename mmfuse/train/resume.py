@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from mmfuse.data.blend import WeightSegment
 from mmfuse.data.plan import DataPlan
 from mmfuse.distributed import barrier, find_differences, first_rank_decides
 from mmfuse.errors import CheckpointError, ConfigError, TrainingError
 from mmfuse.model.model import ModelConfig
+from mmfuse.task import Task
+from mmfuse.train.average import WeightAverage
 from mmfuse.train.checkpoint import (
     CHECKPOINTS,
     MODALITIES,
@@ -38,9 +39,10 @@ _MESSAGE_CHARACTERS = 300
 
 
 def start_or_resume(
-    run: RunConfig, engine: Engine, task: nn.Module, data: TrainingData, checkpoint: Path | None
-) -> int:
-    """Distributes the task, with the checkpoint's weights and moments if there is one; returns the next step.
+    run: RunConfig, engine: Engine, task: Task, data: TrainingData, checkpoint: Path | None
+) -> tuple[int, WeightAverage]:
+    """Distributes the task, with the checkpoint's weights and moments if there is one; returns the next step, and the
+    average so far.
 
     The data goes on with the weights of its sources that the checkpoint recorded; those of the run hold from here.
     """
@@ -50,15 +52,18 @@ def start_or_resume(
     optimizer = build_optimizer(task, run.optimizer)
     engine.wrap(task, optimizer, clip_norm=run.optimizer.clip_norm, rank_rows=rows)
     if not checkpoint:
-        return 0
-    facts = read_facts(checkpoint)
-    engine.import_moments(load_portable_state(checkpoint), facts["adam_steps"])
+        return 0, WeightAverage(engine, run.train.ema_decay)
+    facts, state = read_facts(checkpoint), load_portable_state(checkpoint)
+    engine.import_moments(state, facts["adam_steps"])
+    average = WeightAverage(engine, run.train.ema_decay)
+    if "ema" in state:
+        average.load(state["ema"], state["model"])
     logger.info("resumed from %s, written by %s", checkpoint, facts["written_by"])
     data.use_segments([WeightSegment(start, tuple(w)) for start, w in facts["weights"]], start=int(facts["step"]))
-    return int(facts["step"])
+    return int(facts["step"]), average
 
 
-def save(run: RunConfig, engine: Engine, plan: DataPlan, *, step: int) -> None:
+def save(run: RunConfig, engine: Engine, plan: DataPlan, average: WeightAverage, *, step: int) -> None:
     """Writes the checkpoint of `step`; all ranks must call.
 
     Raises:
@@ -71,7 +76,11 @@ def save(run: RunConfig, engine: Engine, plan: DataPlan, *, step: int) -> None:
             "checkpoint is from before. Different GPUs or CPUs among the ranks, bad memory, or code that changes "
             "weights on one rank alone may be the cause"
         )
-    state, adam_steps = engine.export_state()
+    state, adam_steps = engine.export_moments()
+    state["model"] = engine.export_weights()
+    if average.decay:
+        with average.in_place():
+            state["ema"] = engine.export_weights()
     if engine.rank == 0:
         facts = {
             "adam_steps": adam_steps,

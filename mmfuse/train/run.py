@@ -52,7 +52,9 @@ class TrainConfig(Settings):
     global_batch: PositiveInt
     """Samples of one optimizer step, over all ranks and micro-steps."""
     accumulation: PositiveInt = 1
-    """Micro-steps of one optimizer step; each is normalised by its own counts, and the step takes their mean."""
+    """Micro-steps of one optimizer step, for batches that do not fit. `contrastive` and `leave_one_out` see all of
+    them, at the price of one forward more; other objectives are normalised by each one's counts, and the step takes
+    their mean."""
     precision: Precision = "fp32"
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
@@ -61,6 +63,9 @@ class TrainConfig(Settings):
     keep_checkpoints: PositiveInt = 2
     evaluate_every: NonNegativeInt = 0
     """Steps between two evaluations; 0: only before the first step and after the last."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep a moving average of the weights, of which this much remains in each step, such as 0.999; evaluation and all
+    who load a checkpoint take it instead of the last weights. Null: no average."""
     record_samples: bool = False
     """Write the keys of every batch to `samples.rankN.jsonl`, for audits."""
 
@@ -108,11 +113,11 @@ class RunConfig(Settings):
                 "objectives.feature_prediction alone is solved by embeddings that are all the same: add contrastive or "
                 "leave_one_out"
             )
-        coupled = [name for name in ("contrastive", "leave_one_out", "matching") if name in self.objectives]
-        if self.train.accumulation > 1 and coupled:
+        if self.train.accumulation > 1 and "matching" in self.objectives:
             problems.append(
-                f"train.accumulation = {self.train.accumulation} with objectives.{coupled[0]}: negatives would come "
-                "from one micro-batch only, which is another objective; set it to 1"
+                f"train.accumulation = {self.train.accumulation} with objectives.matching: its negatives, whose tokens "
+                "it needs, would come from one micro-batch only, which is another objective; set it to 1, or take "
+                "matching out"
             )
         if self.train.global_batch % self.train.accumulation:
             problems.append(

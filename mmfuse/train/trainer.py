@@ -7,8 +7,9 @@ from pathlib import Path
 from mmfuse.errors import TrainingError
 from mmfuse.hashing import hash_int
 from mmfuse.log import set_up_logging
-from mmfuse.randomness import seed_torch
 from mmfuse.task import Task
+from mmfuse.train.accumulation import micro_steps
+from mmfuse.train.average import WeightAverage
 from mmfuse.train.checkpoint import stored_model
 from mmfuse.train.data import TrainingData, check_fed
 from mmfuse.train.engines.base import Engine
@@ -43,20 +44,30 @@ def train(run: RunConfig) -> Path:
     check_fed(run, data.sources)  # after the task, which knows better where the model lacks something
     _describe_start(run, engine, data, task)
 
-    start = start_or_resume(run, engine, task, data, checkpoint)
+    start, average = start_or_resume(run, engine, task, data, checkpoint)
     write_environment(run.folder, run, strategy=engine.name)
     write_model_files(run.folder, model)
     evaluator.forget_after(start, folder=run.folder)
     if start == 0:
         evaluator.evaluate_step(task, engine.device, step=0, folder=run.folder)
-    fit(run, engine, task, data, evaluator, start=start)
-    results = evaluator.evaluate_step(task, engine.device, step=run.train.steps, folder=run.folder)
+    fit(run, engine, task, data, evaluator, average, start=start)
+    with average.in_place():
+        results = evaluator.evaluate_step(task, engine.device, step=run.train.steps, folder=run.folder)
     evaluator.report(results, run.folder)
     engine.close()
     return run.folder
 
 
-def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluator: Evaluator, *, start: int) -> None:
+def fit(
+    run: RunConfig,
+    engine: Engine,
+    task: Task,
+    data: TrainingData,
+    evaluator: Evaluator,
+    average: WeightAverage,
+    *,
+    start: int,
+) -> None:
     """Steps `start` to the end of the run; all ranks in the same order."""
     config, plan = run.train, data.plan
     sources = [source.name for source in data.sources]
@@ -65,16 +76,16 @@ def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluato
     batches = data.batches(evaluator.processors, start=start, engine=engine, metrics=metrics, beside=beside)
     task.train()
     for step in range(start, config.steps):
-        seed_torch(hash_int(run.seed, "dropout", step, engine.rank), device=engine.device)
         rate = learning_rate_factor(step, config=run.optimizer, total_steps=config.steps)
         set_learning_rate(engine.optimizer, rate)  # before backward: DeepSpeed steps inside it
-        for _ in range(config.accumulation):
-            batch = next(batches)
+        seed = hash_int(run.seed, "dropout", step)
+        for batch, seen in micro_steps(engine, task.comparisons, batches, count=config.accumulation, seed=seed):
             with engine.accumulate():
-                output = engine.forward(batch)
+                output = engine.forward(batch, seen)
                 engine.backward(output.loss)
             metrics.add(output, batch, share=1 / config.accumulation)
         grad_norm = engine.step()
+        average.update(step)
         metrics.end_step()
 
         done, last = step + 1, step + 1 == config.steps
@@ -83,11 +94,11 @@ def fit(run: RunConfig, engine: Engine, task: Task, data: TrainingData, evaluato
             facts = {"learning_rate": rate * run.optimizer.learning_rate, "grad_norm": grad_norm, **data.epochs(done)}
             check_finite(metrics.write(done, rows=config.global_batch, facts=facts), step=done)
         if config.evaluate_every and done % config.evaluate_every == 0 and not last:
-            with metrics.paused():
+            with metrics.paused(), average.in_place():
                 evaluator.evaluate_step(task, engine.device, step=done, folder=run.folder)
         if saves:
             with metrics.paused():
-                save(run, engine, plan, step=done)
+                save(run, engine, plan, average, step=done)
     metrics.close()
 
 

@@ -107,3 +107,25 @@ def test_frozen_layers_lora_and_layer_decay_under_every_engine(run):
     still = [name for name in weights[0]["model"] if name not in weights[0]["exp_avg"]]
     assert any(".image." in name for name in still) and any("base_layer" in name for name in still)
     assert all(torch.equal(weights[0]["model"][name], weights[1]["model"][name]) for name in still)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_average_of_the_weights_moves_between_engines_and_is_what_they_evaluate(run):
+    recipe = run.parent / "shards" / "sparse.yaml"
+    settings = ["train.ema_decay=0.8", "train.evaluate_every=5", f"data.validation={{sparse: {{recipe: {recipe}}}}}"]
+    folders = {name: run.parent / f"averaged_{name}" for name in ("cpu", "moved", "plain")}
+    finish(start("cpu", run, folders["cpu"], settings=settings), folders["cpu"])
+    finish(start("cpu", run, folders["plain"], settings=settings[1:]), folders["plain"])
+    for strategy, step in (("zero3", 7), ("ddp", 13)):
+        kill_after_step(start(strategy, run, folders["moved"], settings=settings), folders["moved"], step=step)
+    finish(start("zero2", run, folders["moved"], settings=settings), folders["moved"])
+    for folder in (folders["moved"], folders["plain"]):
+        assert read_losses(folder) == pytest.approx(read_losses(folders["cpu"]), rel=TOLERANCE)
+    averages = [load_portable_state(find_checkpoint(folders[name]))["ema"] for name in ("cpu", "moved")]
+    for name, average in averages[0].items():
+        torch.testing.assert_close(averages[1][name], average, rtol=1e-4, atol=1e-6)
+    scores = {name: [path.read_text() for path in sorted(folders[name].glob("evaluations/*"))] for name in folders}
+    assert len(scores["cpu"]) == STEPS // 5 + 1
+    assert scores["moved"] == scores["cpu"]
+    assert all(first != second for first, second in zip(scores["cpu"][1:], scores["plain"][1:], strict=True))

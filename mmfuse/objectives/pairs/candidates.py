@@ -56,29 +56,33 @@ class Block(NamedTuple):
 
 
 def own_block(batch: Batch, sides: Mapping[str, Side]) -> Block:
-    """This rank's rows."""
-    own = slice_of_rank(batch.global_rows, rank=rank(), world_size=world_size())
+    """This rank's rows, of every micro-batch in turn."""
+    part = batch.global_rows // batch.micro_batches
+    own = slice_of_rank(part, rank=rank(), world_size=world_size())
+    starts = torch.arange(batch.micro_batches, device=batch.group_id.device) * part
     return Block(
         torch.stack([side.embedding for side in sides.values()], dim=1),
         torch.stack([side.present for side in sides.values()], dim=1),
         batch.group_id,
-        torch.arange(own.start, own.stop, device=batch.group_id.device),
+        (starts[:, None] + torch.arange(own.start, own.stop, device=starts.device)).flatten(),
     )
 
 
-def candidate_blocks(own: Block, config: CandidateConfig, *, global_rows: int) -> Iterator[Block]:
+def candidate_blocks(own: Block, config: CandidateConfig, batch: Batch) -> Iterator[Block]:
     """All rows of the global batch; every rank must go through all blocks, and there are as many on each."""
-    whole = _gathered(own, global_rows) if config.exchange == "gather" else _around(own, global_rows)
+    part, parts = batch.global_rows // batch.micro_batches, batch.micro_batches
+    whole = _gathered(own, part, parts) if config.exchange == "gather" else _around(own, part, parts)
     for block in whole:
         yield from block.split(config.block_rows)
 
 
-def _gathered(own: Block, global_rows: int) -> Iterator[Block]:
-    yield Block._make(gather_rows(column, global_rows=global_rows) for column in own)
+def _gathered(own: Block, part: int, parts: int) -> Iterator[Block]:
+    by_part = [column.split(len(own.row) // parts) for column in own]
+    yield Block._make(torch.cat([gather_rows(x, global_rows=part) for x in column]) for column in by_part)
 
 
-def _around(own: Block, global_rows: int) -> Iterator[Block]:
-    most = -(-global_rows // world_size())
+def _around(own: Block, part: int, parts: int) -> Iterator[Block]:
+    most = parts * -(-part // world_size())
     padding = most - len(own.row)
     block = Block(
         torch.cat([own.embeddings, own.embeddings.new_zeros(padding, *own.embeddings.shape[1:])]),

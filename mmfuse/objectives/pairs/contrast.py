@@ -45,7 +45,7 @@ def contrast(sides: Mapping[str, Side], pairs: Sequence[Pair], batch: Batch, con
     own, places = own_block(batch, sides), {name: number for number, name in enumerate(sides)}
     losses = [_loss_of(pair)(own, (places[pair.first], places[pair.second]), pair) for pair in pairs]
     with torch.autocast(own.embeddings.device.type, enabled=False):  # bf16 would err by 0.25 at a logit of 100
-        for block in candidate_blocks(own, config, global_rows=batch.global_rows):
+        for block in candidate_blocks(own, config, batch):
             compute = operator.call if len(block.row) == batch.global_rows else _compute_again
             for loss in losses:
                 loss.meet(block, compute)

@@ -26,6 +26,14 @@ def test_training_draws_lines_and_evaluation_takes_the_first() -> None:
     assert choose_caption(data, MemberRule(extensions=("txt",)), seed=3) == data
 
 
+def test_a_text_is_two_sentences_that_follow_each_other_or_the_only_one() -> None:
+    rule = MemberRule(extensions=("txt",), captions="sentences")
+    drawn = {choose_caption(b"one\n\ntwo\nthree\n", rule, seed=seed) for seed in range(60)}
+    assert drawn == {b"one\x1ftwo", b"two\x1fthree"}
+    assert choose_caption(b"one\n\ntwo\nthree\n", rule, seed=None) == b"one\x1ftwo"
+    assert choose_caption(b"\none \n", rule, seed=4) == b"one "
+
+
 def test_fields_of_json_are_drawn_by_their_weights_among_those_that_are_there() -> None:
     rule = json_rule({"alt": 1, "caption": 3, "meta.title": 4, "missing": 100})
     data = json.dumps({"alt": "a", "caption": ["c", "d", ""], "meta": {"title": "t"}, "other": "o"}).encode()

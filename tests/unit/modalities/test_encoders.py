@@ -38,7 +38,10 @@ def test_text_from_a_local_folder_equals_the_library(tmp_path):
     bert.save_pretrained(tmp_path)
     encoder = text.Config(pretrained=str(tmp_path), pooling="cls").build_encoder().eval()
     inputs = collated("text", range(5))
-    expected = bert(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"].long()).last_hidden_state
+    mask = inputs["attention_mask"].long()
+    second = mask * (torch.arange(mask.shape[1]) >= inputs["second"][:, None])
+    assert second.any(1).tolist() == [False, True, True, False, True]  # as texts of one and of two sentences
+    expected = bert(inputs["input_ids"], attention_mask=mask, token_type_ids=second).last_hidden_state
     output = encoder(inputs)
     assert encoder.width == 16
     torch.testing.assert_close(output.tokens, expected, rtol=0, atol=0)

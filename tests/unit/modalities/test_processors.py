@@ -133,6 +133,24 @@ def test_long_captions_are_cut_and_keep_their_end_mark():
     assert torch.equal(ids, processor(b"one two three four five six seven eight", seed=9)["input_ids"])
 
 
+def test_two_sentences_are_what_the_tokenizer_makes_of_a_pair():
+    processor = text.Config(max_tokens=9).build_processor()
+    for first, second in (("a red apple", "it is sweet"), ("a red apple in a tree", "it is sweet and round")):
+        features = processor(f"{first}\x1f {second}".encode(), seed=None)
+        expected = processor.tokenizer(first, second, truncation=True, max_length=9)
+        assert features["input_ids"].tolist() == expected["input_ids"]
+        assert int(features["second"]) == expected["token_type_ids"].index(1)
+    alone = processor(b"a red apple", seed=None)
+    assert int(alone["second"]) == len(alone["input_ids"])
+    dropping = text.Config(augment={"drop_probability": 0.5}).build_processor()
+    drawn = [dropping(b"apple apple apple\x1fsun sun sun", seed=seed) for seed in range(20)]
+    apple, sun = (processor.tokenizer(word)["input_ids"][1] for word in ("apple", "sun"))
+    assert len({int(features["second"]) for features in drawn}) > 1
+    for features in drawn:
+        first, second = features["input_ids"].tensor_split([int(features["second"])])
+        assert set(first.tolist()) - {apple} and sun not in first and apple not in second
+
+
 def test_a_tokenizer_from_a_local_folder_gives_the_same_ids(tmp_path):
     shipped = text.Config().build_processor()
     shipped.tokenizer.save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ import torch.distributed as dist
 from batches import ALL_OBJECTIVES, make_batch, make_samples, tiny_task
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from unit.objectives.plain_engine import PlainEngine
 
 from mmfuse.distributed import fetch_rows, find_differences, gather_rows, rank, slice_of_rank, world_size
 from mmfuse.evaluate.retrieval import embed_set
 from mmfuse.objectives.base import StepInputs
 from mmfuse.objectives.contrastive import Config, Contrastive
+from mmfuse.train.accumulation import micro_steps
 from mmfuse.types import Batch, Encoded, Sample, TokenBatch
 
 WORLD_SIZES = (2, 3)
@@ -66,6 +69,14 @@ WAYS = {
     if "positives" not in settings or way in ("at once", "ring of blocks")
 }
 
+EVEN = ("complete", "idle")
+"""The scenarios that fall into two halves."""
+ACCUMULATED = {
+    **{f"contrastive {way}": ("contrastive", settings) for way, settings in WAYS.items()},
+    **{f"leave_one_out {way}": ("leave_one_out", settings) for way, settings in {"at once": {}, **CANDIDATES}.items()},
+}
+"""Objectives that accumulate, with their settings."""
+
 
 def train_step(scenario: str, objective: str, settings: dict[str, Any] | None = None) -> Result:
     """Loss and gradients of one objective; under DDP, where there are ranks, with its average of gradients."""
@@ -74,6 +85,23 @@ def train_step(scenario: str, objective: str, settings: dict[str, Any] | None = 
     loss = wrapped(scenario_batch(scenario)).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: gradient_of(task, name) for name, _ in task.named_parameters()}
+
+
+def accumulated_step(scenario: str, objective: str, settings: dict[str, Any] | None = None) -> Result:
+    """As `train_step`, in two micro-steps of half of the global batch each."""
+    task = tiny_task((objective,), settings=settings).train()
+    wrapped = DistributedDataParallel(task) if world_size() > 1 else task
+    samples = make_samples(SCENARIOS[scenario], groups=GROUPS[scenario])
+    halves = samples[: len(samples) // 2], samples[len(samples) // 2 :]
+    batches = iter([make_batch(half, rank=rank(), world_size=world_size()) for half in halves])
+    losses = []
+    for batch, seen in micro_steps(PlainEngine(task), task.comparisons, batches, count=2, seed=1):  # type: ignore[arg-type]
+        alone = world_size() == 1 or losses
+        with nullcontext() if alone else wrapped.no_sync():  # type: ignore[union-attr]
+            losses.append(wrapped(batch, seen).loss / 2)
+            losses[-1].backward()
+    loss = torch.stack(losses).sum().detach()
+    return {"loss": loss} | {name: gradient_of(task, name) for name, _ in task.named_parameters()}
 
 
 def gradient_of(module: nn.Module, name: str) -> Tensor:
@@ -199,6 +227,11 @@ RECIPES: dict[str, dict[str, Callable[[], Result]]] = {
             f"{s} leave_one_out {way}": functools.partial(train_step, s, "leave_one_out", settings)
             for s in LACKING
             for way, settings in CANDIDATES.items()
+        },
+        **{
+            f"{s} {way} accumulated": functools.partial(accumulated_step, s, *ACCUMULATED[way])
+            for s in EVEN
+            for way in ACCUMULATED
         },
     },
 }

@@ -137,6 +137,8 @@ def test_without_a_fusion_the_loss_is_that_of_bert_for_masked_lm(monkeypatch: py
     part = inputs.batch.inputs["text"]
     masked, targets = objective._mask(part, inputs.batch.sample_id[part.rows], inputs.batch.step)
     labels = targets.masked_fill(targets < 0, -100)
-    expected = reference(input_ids=masked, attention_mask=part.inputs["attention_mask"].long(), labels=labels).loss
+    mask = part.inputs["attention_mask"].long()
+    second = mask * (torch.arange(mask.shape[1]) >= part.inputs["second"][:, None])
+    expected = reference(input_ids=masked, attention_mask=mask, token_type_ids=second, labels=labels).loss
     assert (targets >= 0).sum() > 2
     assert objective(inputs)["masked_language"].loss.item() == pytest.approx(expected.item(), rel=1e-12)

@@ -5,7 +5,9 @@ import torch
 from batches import ALL_OBJECTIVES
 from open_clip.loss import ClipLoss, SigLipLoss
 from unit.objectives.ranks import (
+    ACCUMULATED,
     CANDIDATES,
+    EVEN,
     GROUPS,
     LACKING,
     LOSSES,
@@ -15,6 +17,7 @@ from unit.objectives.ranks import (
     pair_embeddings,
     result_alone,
     results_on_ranks,
+    train_step,
 )
 
 from mmfuse.distributed import slice_of_rank
@@ -54,6 +57,21 @@ BLOCKED = {
 def test_blocks_and_rings_of_candidates_change_nothing(size: int, blocked: str, scenario: str) -> None:
     plain = BLOCKED[blocked].format(next((loss for loss in LOSSES if blocked.startswith(f"contrastive {loss} ")), ""))
     expected, recipe = result_alone(f"{scenario} {plain}"), f"{scenario} {blocked}"
+    ranks = (
+        [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks("objectives")[size]]
+    )
+    assert expected["loss"] > 0
+    assert error(torch.stack([result["loss"] for result in ranks]).mean(), expected["loss"]) < TOLERANCE
+    for name in expected.keys() - {"loss"}:
+        for result in ranks:
+            assert error(result[name], expected[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("scenario", EVEN)
+@pytest.mark.parametrize("way", ACCUMULATED)
+@pytest.mark.parametrize("size", (1, *WORLD_SIZES))
+def test_two_micro_steps_are_one_step_of_the_whole_batch(size: int, way: str, scenario: str) -> None:
+    expected, recipe = train_step(scenario, *ACCUMULATED[way]), f"{scenario} {way} accumulated"
     ranks = (
         [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks("objectives")[size]]
     )

@@ -161,6 +161,7 @@ def test_a_source_that_is_entirely_bad_stops_the_run_with_its_name(tmp_path: Pat
         ({"contrastive": {"positives": "group"}}, None),
         ({"contrastive": {"positives": "group"}, "matching": {}}, "objectives.matching learns from"),
         ({"masked_image": {}}, None),
+        ({"contrastive": {"positives": "group"}, "next_sentence": {}}, "reads as `captions: sentences`, and none does"),
     ],
 )
 def test_an_objective_that_the_data_cannot_feed_is_refused_with_both(
@@ -170,7 +171,7 @@ def test_an_objective_that_the_data_cannot_feed_is_refused_with_both(
     lacking = {number: ("text",) if number % 2 else ("image",) for number in range(8)}
     recipe = write_data_set(tmp_path / "set", modalities=("text", "image"), lacking=lacking)
     path = write_tiny_run(tmp_path, recipe)
-    fused = any(name != "contrastive" for name in objectives)
+    fused = objectives.keys() & {"matching", "masked_image"}
     run = yaml.safe_load(path.read_text()) | {"objectives": objectives}
     run["model"]["fusion"] = {"num_layers": 1, "num_heads": 2} if fused else None
     run = load_run(str(write_yaml(path, run)))

@@ -1,0 +1,59 @@
+"""An exponential moving average of the weights (Polyak and Juditsky 1992), for use instead of the last ones.
+
+Each rank averages the fp32 weights that its optimizer updates: whole parameters, or its flat parts of them under ZeRO.
+So nothing travels in a step, and the memory is partitioned as the engine's own is.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mmfuse.train.engines.base import Engine
+
+
+class WeightAverage:
+    """The average of the weights after every step so far; without a decay there is none, and nothing happens."""
+
+    def __init__(self, engine: Engine, decay: float | None) -> None:
+        """Begins with the weights of now. `decay` is what remains of the average in a step, once there were many."""
+        self.engine, self.decay = engine, decay
+        self.tensors = self._copies() if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step `step`, 0-based; the first ones count for more, that the average may forget the random start."""
+        if self.decay:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.tensors, self.engine.master_weights(), 1 - decay)  # type: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the engine's weights are the average; all ranks must enter and leave, and nobody may take a step."""
+        if self.decay:
+            self._swap()
+        yield
+        if self.decay:
+            self._swap()
+
+    def load(self, average: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Goes on with an average by parameter name; `weights` are what the engine has and keeps.
+
+        Both are whole on all ranks.
+        """
+        if self.decay:
+            self.engine.import_weights(average)
+            self.tensors = self._copies()
+            self.engine.import_weights(weights)
+
+    def _copies(self) -> list[Tensor]:
+        return [weight.detach().clone() for weight in self.engine.master_weights()]
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for mine, master in zip(self.tensors, self.engine.master_weights(), strict=True):
+            kept = master.detach().clone()
+            master.copy_(mine)
+            mine.copy_(kept)
+        self.engine.publish_weights()
