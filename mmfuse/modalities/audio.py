@@ -1,20 +1,25 @@
-"""Audio: WAV, FLAC, MP3, Ogg or Opus -> log-mel spectrum -> an Audio Spectrogram Transformer, or Whisper's encoder."""
+"""Audio: WAV, FLAC, MP3, Ogg or Opus -> log-mel spectrum -> an Audio Spectrogram Transformer, a ViT, or Whisper's
+encoder."""
 
 import functools
 import io
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import soundfile
 import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
+from timm.models import VisionTransformer
+from timm.models._hub import save_config_for_hf
 from torch import Generator, Tensor
 from transformers import ASTConfig, ASTFeatureExtractor, WhisperConfig, WhisperFeatureExtractor
 
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.adaptation.named import NamedModelConfig, read_preprocessing, read_structure
 from mmfuse.modalities.audio_encoders.ast import AstEncoder, build_ast
+from mmfuse.modalities.audio_encoders.vit import DEFAULT_VIT, VitAudioEncoder, build_vit
 from mmfuse.modalities.audio_encoders.whisper import WhisperAudioEncoder, WhisperSpectrum, build_whisper
 from mmfuse.modalities.base import Encoder, Processor
 from mmfuse.modalities.media.filter_banks import FilterBank
@@ -37,11 +42,12 @@ _SPARE_SECONDS = 0.1
 
 
 class Config(NamedModelConfig):
-    """AST or Whisper's encoder of transformers; without `pretrained` of the sizes given here."""
+    """AST or Whisper's encoder of transformers, or a ViT of timm; without `pretrained` of the sizes given here."""
 
     modality: ClassVar[str] = "audio"
-    encoder: Literal["ast", "whisper"] = "ast"
-    """Whisper's hears whole clips, 30 s where it is pretrained, and takes as long for short ones."""
+    encoder: Literal["ast", "vit", "whisper"] = "ast"
+    """Whisper's hears whole clips, 30 s where it is pretrained, and takes as long for short ones. `vit` reads the
+    spectrum as a picture: `pretrained` and `architecture` are then names of timm, or `local-dir:FOLDER`."""
     sample_rate: PositiveInt = 16_000
     """Every clip is resampled to this, in Hz."""
     clip_seconds: PositiveFloat = 2.56
@@ -50,9 +56,9 @@ class Config(NamedModelConfig):
     patch_size: PositiveInt = 64
     """AST: side of the square patches, in mel bins and frames."""
     frequency_stride: PositiveInt = 64
-    """AST: mel bins from a patch to the next."""
+    """AST: mel bins from a patch to the next; ViT: height of its patches."""
     time_stride: PositiveInt = 8
-    """AST: frames, of 10 ms, from a patch to the next."""
+    """AST: frames, of 10 ms, from a patch to the next; ViT: width of its patches."""
     token_stride: PositiveInt = 8
     """Whisper: how many of its tokens, of 20 ms, become one by their mean."""
     hidden_size: PositiveInt = 128
@@ -88,6 +94,13 @@ class Config(NamedModelConfig):
         return AudioProcessor(self)
 
     def build_encoder(self) -> Encoder:
+        if self.encoder == "vit":
+            return VitAudioEncoder(
+                self._build_vit(),
+                num_mel_bins=self.num_mel_bins,
+                pooling=self.pooling,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )
         shape = self._read_shape()
         if isinstance(shape, WhisperConfig):
             model = build_whisper(shape, pretrained=self.pretrained)
@@ -115,16 +128,37 @@ class Config(NamedModelConfig):
         return spectrum(extractor, num_frames=self.num_frames)  # type: ignore[arg-type]  # of its own kind
 
     def save_files(self, folder: Path) -> None:
-        if self.named:
+        if self.named and self.encoder == "vit":
+            save_config_for_hf(self._build_vit(on_meta=True), str(folder / "config.json"))
+        elif self.named:
             self._read_shape().save_pretrained(folder)
             self._read_extractor().save_pretrained(folder)
 
     def with_files(self, folder: Path) -> Self:
-        return self.model_copy(update={"pretrained": None, "architecture": str(folder) if self.named else None})
+        place = f"local-dir:{folder}" if self.encoder == "vit" else str(folder)
+        return self.model_copy(update={"pretrained": None, "architecture": place if self.named else None})
 
     def count_patch_values(self) -> int | None:
+        if self.encoder == "vit":
+            embed: Any = self._build_vit(on_meta=True).patch_embed
+            return embed.patch_size[1] * self.num_mel_bins
         shape = self._read_shape()
         return shape.time_stride * self.num_mel_bins if isinstance(shape, ASTConfig) else None
+
+    def _build_vit(self, *, on_meta: bool = False) -> VisionTransformer:
+        """With `on_meta` its structure alone."""
+        sizes: dict[str, Any] = {}
+        if self.named is None:
+            sizes = {"embed_dim": self.hidden_size, "depth": self.num_layers, "num_heads": self.num_heads}
+            sizes["patch_size"] = (self.frequency_stride, self.time_stride)
+        with torch.device("meta") if on_meta else nullcontext():
+            return build_vit(
+                self.named or DEFAULT_VIT,
+                pretrained=self.pretrained is not None and not on_meta,
+                num_mel_bins=self.num_mel_bins,
+                num_frames=self.num_frames,
+                sizes=sizes,
+            )
 
     def _read_shape(self) -> ASTConfig | WhisperConfig:
         """Of the model that is named, or of the sizes given here.
@@ -166,15 +200,15 @@ class Config(NamedModelConfig):
 
     def _read_extractor(self) -> ASTFeatureExtractor | WhisperFeatureExtractor:
         """The preprocessing of the model that is named, or its family's own where that says nothing."""
-        family = ASTFeatureExtractor if self.encoder == "ast" else WhisperFeatureExtractor
-        if self.named is None:
+        family = WhisperFeatureExtractor if self.encoder == "whisper" else ASTFeatureExtractor
+        if self.named is None or self.encoder == "vit":
             return self._own_extractor()
         return read_preprocessing(self.naming_setting, self.named, family.from_pretrained, self._own_extractor)
 
     def _own_extractor(self) -> ASTFeatureExtractor | WhisperFeatureExtractor:
-        if self.encoder == "ast":
-            return ASTFeatureExtractor(num_mel_bins=self.num_mel_bins, sampling_rate=self.sample_rate)
-        return WhisperFeatureExtractor(feature_size=self.num_mel_bins)
+        if self.encoder == "whisper":
+            return WhisperFeatureExtractor(feature_size=self.num_mel_bins)
+        return ASTFeatureExtractor(num_mel_bins=self.num_mel_bins, sampling_rate=self.sample_rate)
 
 
 class AudioProcessor:

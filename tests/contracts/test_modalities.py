@@ -14,6 +14,7 @@ from mmfuse.modalities.base import Encoder, ModalityConfig, PatchEncoder
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in plugin_names("mmfuse.modalities")},
+    "vit": ("audio", {"encoder": "vit"}),
     "whisper": ("audio", {"encoder": "whisper", "clip_seconds": 1.0, "num_mel_bins": 80}),
 }
 """By name a file in the folder, and settings that take another way through it."""
@@ -88,7 +89,7 @@ PATCHED = [name for name in VARIANTS if make_config(name).count_patch_values()]
 
 
 def test_pictures_and_sounds_have_patches() -> None:
-    assert PATCHED == ["audio", "image"]
+    assert PATCHED == ["audio", "image", "vit"]
 
 
 @pytest.mark.parametrize("name", PATCHED)

@@ -1,15 +1,15 @@
 """The Audio Spectrogram Transformer (Gong et al. 2021) of transformers, for clips of any length."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import ASTConfig, ASTModel
 
+from mmfuse.modalities.audio_encoders.strips import StripEncoder
 from mmfuse.modalities.audio_encoders.variable_length import VariableLengthEmbeddings
-from mmfuse.modalities.base import PatchEncoder, find_layers, masked_mean
+from mmfuse.modalities.base import find_layers, masked_mean
 from mmfuse.types import EncoderOutput, Features
 
 
@@ -25,7 +25,7 @@ def build_ast(shape: ASTConfig, *, pretrained: str | None) -> ASTModel:
     return ast
 
 
-class AstEncoder(PatchEncoder):
+class AstEncoder(StripEncoder):
     """`fbank (n, frames, mel)`, `frames (n,)` -> AST's patch tokens, averaged over frequency."""
 
     def __init__(self, ast: ASTModel, *, pooling: str) -> None:
@@ -40,7 +40,7 @@ class AstEncoder(PatchEncoder):
     def forward(self, inputs: Features) -> EncoderOutput:
         fbank = inputs["fbank"]
         # AST masks patches, not frames; its two class tokens are always real.
-        mask = self._real_patches(inputs)
+        mask = self.real_tokens(inputs)
         time_patches = mask.shape[1]
         attention_mask = torch.cat([mask.new_ones(len(mask), 2), mask.repeat(1, self.frequency_patches)], dim=1)
         missing = (time_patches - 1) * self.time_stride + self.patch_size - fbank.shape[1]
@@ -51,35 +51,5 @@ class AstEncoder(PatchEncoder):
         pooled = output.pooler_output if self.pooling == "cls" else masked_mean(tokens, mask)
         return EncoderOutput(tokens, mask, pooled)
 
-    def patches(self, inputs: Features) -> tuple[Tensor, Tensor]:
-        """Strips of as many frames as lie between the beginnings of two tokens, in all mel bins; one for each token."""
-        mask = self._real_patches(inputs)
-        return self._strips(inputs["fbank"], mask.shape[1]).flatten(2).float(), mask
-
-    def hide(self, inputs: Features, hidden: Tensor) -> Features:
-        fbank = inputs["fbank"]
-        strips = self._strips(fbank, hidden.shape[1]).masked_fill(hidden[:, :, None, None], 0.0)  # 0 is the mean
-        rest = fbank[:, hidden.shape[1] * self.time_stride :]  # of the last patch, beyond the last token's own strip
-        return {**inputs, "fbank": torch.cat([strips.flatten(1, 2)[:, : fbank.shape[1]], rest], dim=1)}
-
-    def patch_tokens(self, tokens: Tensor) -> Tensor:
-        return tokens
-
-    def _real_patches(self, inputs: Features) -> Tensor:
-        """bool `(n, tokens in time)`: a token is real where its first frame is."""
-        fbank, frames = inputs["fbank"], inputs["frames"]
-        time_patches = min(math.ceil(fbank.shape[1] / self.time_stride), self.time_patches)
-        starts = torch.arange(time_patches, device=frames.device) * self.time_stride
-        return starts < frames[:, None]
-
-    def _strips(self, fbank: Tensor, count: int) -> Tensor:
-        """`(n, count, stride, mel)` of the first frames, padded with zeros."""
-        length = count * self.time_stride
-        return F.pad(fbank[:, :length], (0, 0, 0, max(0, length - fbank.shape[1]))).unflatten(1, (count, -1))
-
     def layers(self) -> Sequence[nn.Module]:
         return find_layers(self.ast, self.ast.config.num_hidden_layers)
-
-    def minimal_inputs(self, device: torch.device) -> Features:
-        fbank = torch.zeros(1, 1, self.num_mel_bins, device=device)
-        return {"fbank": fbank, "frames": torch.ones(1, dtype=torch.int64, device=device)}

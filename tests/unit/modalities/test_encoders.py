@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from batches import LETTERS, random_features, tiny_model, tiny_processors
 from helpers import TINY_MODALITIES
+from timm.models import save_for_hf
 from transformers import (
     ASTConfig,
     ASTModel,
@@ -61,6 +62,26 @@ def test_pretrained_text_of_any_family_has_the_dropout_of_the_settings_and_no_po
             assert torch.equal(first.pooled, again.pooled) is (dropout == 0)
             first.pooled.sum().backward()
             assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+
+
+def test_sound_through_a_vit_of_pictures_equals_the_library_on_a_full_clip(tmp_path):
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+    pictures = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), num_classes=10, **sizes)
+    save_for_hf(pictures, tmp_path)
+    config = audio.Config(encoder="vit", pretrained=f"local-dir:{tmp_path}", clip_seconds=0.48, num_mel_bins=32)
+    encoder = config.build_encoder().eval()
+    proj = encoder.vit.patch_embed.proj.weight
+    torch.testing.assert_close(proj, pictures.patch_embed.proj.weight.sum(1, keepdim=True))
+    fbank = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(3))
+    expected = encoder.vit.forward_features(fbank.transpose(1, 2)[:, None])[:, 1:].unflatten(1, (2, 3)).mean(1)
+    output = encoder({"fbank": fbank, "frames": torch.tensor([48, 48])})
+    torch.testing.assert_close(output.tokens, expected, rtol=0, atol=1e-6)
+    again = config.with_files(tmp_path).build_encoder()  # fresh weights of the same structure
+    again.load_state_dict(encoder.state_dict())
+    with pytest.raises(ConfigError, match="no_such_vit is no ViT that timm can build"):
+        audio.Config(encoder="vit", architecture="no_such_vit").build_encoder()
+    with pytest.raises(ConfigError, match="resnet18 is no"):
+        audio.Config(encoder="vit", architecture="resnet18").build_encoder()
 
 
 def test_image_weights_of_another_size_are_fitted(tmp_path):
@@ -164,17 +185,19 @@ def test_sound_after_the_last_real_patch_is_not_heard():
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("frames", [1, 9, 17, 48])
-def test_a_clip_is_heard_the_same_whatever_its_padding(frames, pooling):
+@pytest.mark.parametrize(("kind", "most"), [("ast", 5), ("vit", 6)])  # patches of 16 frames, and of 8
+def test_a_clip_is_heard_the_same_whatever_its_padding(kind, most, frames, pooling):
     settings = {"clip_seconds": 0.48, "num_mel_bins": 32, "patch_size": 16, "frequency_stride": 16, "time_stride": 8}
-    encoder = audio.Config(**settings, hidden_size=32, num_layers=2, num_heads=2, pooling=pooling).build_encoder()
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "pooling": pooling}
+    encoder = audio.Config(encoder=kind, **settings, **sizes).build_encoder()
     fbank = torch.randn(1, frames, 32, generator=torch.Generator().manual_seed(frames))
-    real = min(-(-frames // 8), 5)  # patches of 16 frames that start every 8, in 48
+    real = min(-(-frames // 8), most)
     heard = {
         length: encoder.eval()({"fbank": F.pad(fbank, (0, 0, 0, length - frames)), "frames": torch.tensor([frames])})
         for length in (frames, frames + 3, 48, 60)
     }
     assert heard[frames].tokens.shape == (1, real, 32) and heard[frames].mask.all()
-    assert heard[48].tokens.shape == heard[60].tokens.shape == (1, 5, 32)
+    assert heard[48].tokens.shape == heard[60].tokens.shape == (1, most, 32)
     for output in heard.values():
         torch.testing.assert_close(output.pooled, heard[48].pooled, rtol=0, atol=1e-5)
         torch.testing.assert_close(output.tokens[:, :real], heard[48].tokens[:, :real], rtol=0, atol=1e-5)
