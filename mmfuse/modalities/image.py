@@ -16,8 +16,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
 from mmfuse.config import Settings
+from mmfuse.errors import ConfigError
 from mmfuse.modalities.base import ModalityConfig, PatchEncoder, Processor
+from mmfuse.modalities.image_encoders.naflex import NaFlexEncoder
 from mmfuse.modalities.media.given import picture_to_bytes
+from mmfuse.modalities.media.picture_shapes import Native, PictureShape, Square
 from mmfuse.modalities.media.pictures import DrawsFrom, crop_at_random, jitter_colors, load_upright, open_picture
 from mmfuse.types import EncoderOutput, Features
 
@@ -61,7 +64,10 @@ class Config(ModalityConfig):
     pretrained: str | Literal[True] | None = None
     """True for timm's own weights of `architecture` (from the hub), or a local checkpoint file."""
     image_size: PositiveInt = 96
-    """Pixels a side after the crop."""
+    """Pixels a side after the crop; not with `max_patches`."""
+    max_patches: PositiveInt | None = None
+    """Pictures keep their aspect and are scaled to at most so many patches; for `naflexvit_...` of timm, which needs
+    it."""
     hidden_size: PositiveInt | None = None
     """Null: the architecture's own; so for the next two."""
     num_layers: PositiveInt | None = None
@@ -73,13 +79,45 @@ class Config(ModalityConfig):
     def build_processor(self) -> Processor:
         return ImageProcessor(self)
 
-    def build_encoder(self) -> "ImageEncoder":
-        return ImageEncoder(self)
+    def build_encoder(self) -> "ImageEncoder | NaFlexEncoder":
+        if self.max_patches is None:
+            return ImageEncoder(self)
+        return NaFlexEncoder(self.build_vit(global_pool=""), pooling=self.pooling)
+
+    def build_vit(self, **changes: Any) -> Any:
+        """timm's model without a classifier."""
+        sizes: dict[str, Any] = {"embed_dim": self.hidden_size, "depth": self.num_layers, "num_heads": self.num_heads}
+        local = {"file": self.pretrained} if isinstance(self.pretrained, str) else None
+        vit: Any = timm.create_model(
+            self.architecture,
+            pretrained=self.pretrained is not None,
+            pretrained_cfg_overlay=local,
+            num_classes=0,
+            **changes,
+            **{name: size for name, size in sizes.items() if size is not None},
+        )
+        if self.gradient_checkpointing:
+            vit.set_grad_checkpointing()
+        return vit
+
+    def build_shape(self) -> PictureShape:
+        """In which pictures reach the encoder.
+
+        Raises:
+            ConfigError: `max_patches` for an architecture that takes squares alone, or none for one that does not.
+        """
+        embeds = getattr(_on_meta(self.architecture), "embeds", None)
+        if embeds is None and self.max_patches is None:
+            return Square(self.image_size)
+        if embeds is not None and self.max_patches is not None:
+            return Native(embeds.patch_size, self.max_patches)
+        raise ConfigError(
+            f"image.architecture = {self.architecture}: image.max_patches = {self.max_patches}; "
+            "naflexvit_... needs a number of patches, other models take squares of image_size"
+        )
 
     def save_files(self, folder: Path) -> None:
-        with torch.device("meta"):
-            vit: Any = timm.create_model(self.architecture)
-        save_config_for_hf(vit, str(folder / "config.json"))
+        save_config_for_hf(_on_meta(self.architecture), str(folder / "config.json"))
 
     def with_files(self, folder: Path) -> Self:
         return self.model_copy(update={"architecture": f"local-dir:{folder}", "pretrained": None})
@@ -89,10 +127,17 @@ class Config(ModalityConfig):
 
 
 @functools.cache
-def _count_patch_values(architecture: str) -> int | None:
-    """timm tells the size of a patch by building the model alone."""
+def _on_meta(architecture: str) -> Any:
+    """The structure alone; timm tells the size of a patch by building the model."""
     with torch.device("meta"):
-        embed = getattr(timm.create_model(architecture), "patch_embed", None)
+        return timm.create_model(architecture)
+
+
+def _count_patch_values(architecture: str) -> int | None:
+    vit = _on_meta(architecture)
+    if embeds := getattr(vit, "embeds", None):
+        return 3 * embeds.patch_size[0] * embeds.patch_size[1]
+    embed = getattr(vit, "patch_embed", None)
     size, image, grid = (getattr(embed, name, None) for name in ("patch_size", "img_size", "grid_size"))
     if not (isinstance(size, tuple) and isinstance(image, tuple) and isinstance(grid, tuple)):
         return None
@@ -101,37 +146,32 @@ def _count_patch_values(architecture: str) -> int | None:
 
 
 class ImageProcessor:
-    """Encoded picture -> `pixels` uint8 `(3, H, W)`; normalisation is the encoder's, on the device."""
+    """Encoded picture -> uint8 pixels, or patches of them; normalisation is the encoder's, on the device."""
 
     def __init__(self, config: Config) -> None:
-        self.image_size, self.max_pixels = config.image_size, config.max_pixels
-        self.augment = config.augment
-        self.policies = _policies(config.augment)
-        self.eval_transform = transforms.Compose(
-            [transforms.Resize(config.image_size, antialias=True), transforms.CenterCrop(config.image_size)]
-        )
+        self.shape, self.max_pixels = config.build_shape(), config.max_pixels
+        self.augment, self.policies = config.augment, _policies(config.augment)
 
     def __call__(self, data: bytes, *, seed: int | None) -> Features:
-        picture = open_picture(data, max_pixels=self.max_pixels, image_size=self.image_size)
+        picture = open_picture(data, max_pixels=self.max_pixels, image_size=self.shape.target(1, 1)[0])
         if seed is not None:
-            return {"pixels": self._augmented(picture, torch.Generator().manual_seed(seed))}
-        picture = self.eval_transform(load_upright(picture))
-        return {"pixels": transforms.functional.pil_to_tensor(picture)}
+            return self.shape.features(self._augmented(picture, torch.Generator().manual_seed(seed)))
+        return self.shape.features(transforms.functional.pil_to_tensor(self.shape.show(load_upright(picture))))
 
     def to_bytes(self, value: Any) -> bytes:
         """Of a path, a PIL picture, or uint8 of NumPy `(H, W, 3)` or `(H, W)`, of torch `(3, H, W)` or `(1, H, W)`."""
         return picture_to_bytes(value)
 
     def collate(self, features: list[Features]) -> Features:
-        """`pixels` uint8 `(n, 3, H, W)`."""
-        return {"pixels": torch.stack([item["pixels"] for item in features])}
+        """Encoder inputs of n rows."""
+        return self.shape.collate(features)
 
     def _augmented(self, picture: Image.Image, generator: Generator) -> Tensor:
         augment = self.augment
         if augment.min_scale < 1:
-            picture = crop_at_random(picture, size=self.image_size, min_scale=augment.min_scale, generator=generator)
+            picture = crop_at_random(picture, self.shape, min_scale=augment.min_scale, generator=generator)
         else:
-            picture = self.eval_transform(load_upright(picture))
+            picture = self.shape.show(load_upright(picture))
         if augment.flip and torch.rand(1, generator=generator) < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if augment.color_jitter:
@@ -167,23 +207,7 @@ class ImageEncoder(PatchEncoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        sizes: dict[str, Any] = {
-            "embed_dim": config.hidden_size,
-            "depth": config.num_layers,
-            "num_heads": config.num_heads,
-        }
-        local = {"file": config.pretrained} if isinstance(config.pretrained, str) else None
-        vit: Any = timm.create_model(
-            config.architecture,
-            pretrained=config.pretrained is not None,
-            pretrained_cfg_overlay=local,
-            img_size=config.image_size,
-            num_classes=0,
-            global_pool="",  # every token instead of a pooled vector
-            **{name: size for name, size in sizes.items() if size is not None},
-        )
-        if config.gradient_checkpointing:
-            vit.set_grad_checkpointing()
+        vit = config.build_vit(img_size=config.image_size, global_pool="")  # every token instead of a pooled vector
         self.vit: nn.Module = vit
         self.width = int(vit.num_features)
         self.image_size = config.image_size

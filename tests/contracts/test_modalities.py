@@ -12,8 +12,10 @@ from mmfuse.config import find_plugin, plugin_names
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities.base import Encoder, ModalityConfig, PatchEncoder
 
+SIZES = {"hidden_size": 24, "num_layers": 2, "num_heads": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in plugin_names("mmfuse.modalities")},
+    "naflex": ("image", {"architecture": "naflexvit_base_patch16_siglip", "max_patches": 9, **SIZES}),
     "vit": ("audio", {"encoder": "vit"}),
     "whisper": ("audio", {"encoder": "whisper", "clip_seconds": 1.0, "num_mel_bins": 80}),
 }
@@ -89,7 +91,7 @@ PATCHED = [name for name in VARIANTS if make_config(name).count_patch_values()]
 
 
 def test_pictures_and_sounds_have_patches() -> None:
-    assert PATCHED == ["audio", "image", "vit"]
+    assert PATCHED == ["audio", "image", "naflex", "vit"]
 
 
 @pytest.mark.parametrize("name", PATCHED)

@@ -55,7 +55,8 @@ class VitAudioEncoder(StripEncoder):
         self, vit: VisionTransformer, *, num_mel_bins: int, pooling: str, gradient_checkpointing: bool
     ) -> None:
         super().__init__()
-        self.vit, self.num_mel_bins, self.pooling = vit, num_mel_bins, pooling
+        self.vit: Any = vit
+        self.num_mel_bins, self.pooling = num_mel_bins, pooling
         self.gradient_checkpointing = gradient_checkpointing
         self.width = int(vit.num_features)
         embed: Any = vit.patch_embed
@@ -82,7 +83,6 @@ class VitAudioEncoder(StripEncoder):
         vit, (frequency, time) = self.vit, (self.frequency_patches, self.time_patches)
         patches = vit.patch_embed(spectra)
         marks = [token.expand(len(spectra), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
-        assert vit.pos_embed is not None
         before, grid = vit.pos_embed.split([vit.pos_embed.shape[1] - frequency * time, frequency * time], dim=1)
         placed = patches + grid.unflatten(1, (frequency, time))[:, :, : patches.shape[2]]
         if marks and before.shape[1]:

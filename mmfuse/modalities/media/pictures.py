@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from mmfuse.errors import SampleError
+from mmfuse.modalities.media.picture_shapes import PictureShape
 
 _ASPECTS = (3 / 4, 4 / 3)
 _UPRIGHT = {
@@ -77,8 +78,8 @@ def load_upright(picture: Image.Image) -> Image.Image:
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
-def crop_at_random(picture: Image.Image, *, size: int, min_scale: float, generator: Generator) -> Image.Image:
-    """The upright picture's random resized crop, `size` pixels a side.
+def crop_at_random(picture: Image.Image, shape: PictureShape, *, min_scale: float, generator: Generator) -> Image.Image:
+    """The upright picture's random resized crop, in the shape's target size.
 
     A JPEG whose crop is at least twice as large as needed is decoded at 1/2, 1/4 or 1/8 of its size, which changes
     pixels a little: libjpeg averages, in the frequency domain, what a filter would have averaged afterwards.
@@ -86,16 +87,18 @@ def crop_at_random(picture: Image.Image, *, size: int, min_scale: float, generat
     full_width, full_height = picture.size
     sideways = _orientation(picture) >= 5
     upright = (full_height, full_width) if sideways else (full_width, full_height)
-    left, top, width, height = _draw_crop(upright, min_scale, generator)
-    shrink, scale = min(width, height) // size, 1
+    around = upright[0] / upright[1] if shape.keeps_aspect else 1.0
+    left, top, width, height = _draw_crop(upright, min_scale, generator, around=around)
+    size = shape.target(width, height)
+    shrink, scale = min(width // size[0], height // size[1]), 1
     if shrink > 1:
         drafted = picture.draft(None, (full_width // shrink, full_height // shrink))  # None for other formats
         scale = round(full_width / drafted[1][2]) if drafted else 1
     picture, box = load_upright(picture), (left, top, left + width, top + height)
     if scale == 1:
-        return picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)  # as torchvision
+        return picture.crop(box).resize(size, Image.Resampling.BILINEAR)  # as torchvision
     left, top, right, bottom = (edge / scale for edge in box)
-    return picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    return picture.resize(size, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -107,19 +110,24 @@ def _orientation(picture: Image.Image) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def _draw_crop(size: tuple[int, int], min_scale: float, generator: Generator) -> tuple[int, int, int, int]:
-    """Left, top, width and height of what torchvision's RandomResizedCrop draws; it would need the decoded picture."""
+def _draw_crop(
+    size: tuple[int, int], min_scale: float, generator: Generator, *, around: float
+) -> tuple[int, int, int, int]:
+    """Left, top, width and height of what torchvision's RandomResizedCrop draws; it would need the decoded picture.
+
+    Aspects are 3/4 to 4/3 of `around`.
+    """
     (full_width, full_height), (low, high) = size, torch.tensor(_ASPECTS).log().tolist()
     for _ in range(10):
         area = full_width * full_height * torch.empty(1).uniform_(min_scale, 1, generator=generator).item()
-        aspect = torch.empty(1).uniform_(low, high, generator=generator).exp().item()
+        aspect = around * torch.empty(1).uniform_(low, high, generator=generator).exp().item()
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= full_width and 0 < height <= full_height:
             top = int(torch.randint(full_height - height + 1, (1,), generator=generator))
             left = int(torch.randint(full_width - width + 1, (1,), generator=generator))
             return left, top, width, height
-    width = min(full_width, round(full_height * _ASPECTS[1]))
-    height = min(full_height, round(full_width / _ASPECTS[0]))
+    width = min(full_width, round(full_height * around * _ASPECTS[1]))
+    height = min(full_height, round(full_width / (around * _ASPECTS[0])))
     return (full_width - width) // 2, (full_height - height) // 2, width, height
 
 

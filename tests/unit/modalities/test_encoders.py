@@ -18,6 +18,7 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperModel,
 )
+from unit.modalities.members import photograph, picture_file
 
 from mmfuse.errors import ConfigError
 from mmfuse.modalities import audio, image, text
@@ -82,6 +83,34 @@ def test_sound_through_a_vit_of_pictures_equals_the_library_on_a_full_clip(tmp_p
         audio.Config(encoder="vit", architecture="no_such_vit").build_encoder()
     with pytest.raises(ConfigError, match="resnet18 is no"):
         audio.Config(encoder="vit", architecture="resnet18").build_encoder()
+
+
+def test_pictures_of_several_shapes_in_one_batch_are_what_the_library_makes_of_each():
+    sizes = {"hidden_size": 24, "num_layers": 2, "num_heads": 3}
+    config = image.Config(architecture="naflexvit_base_patch16_gap", max_patches=12, **sizes)
+    encoder, processor = config.build_encoder().eval(), config.build_processor()
+    features = [processor(picture_file(photograph(*size)), seed=None) for size in ((64, 48), (60, 60), (20, 90))]
+    assert [tuple((item["place"].max(0).values + 1).tolist()) for item in features] == [(3, 4), (3, 3), (6, 2)]
+    together = encoder(processor.collate(features))
+    assert together.mask.sum(1).tolist() == [16, 13, 16]  # four registers each
+    for row, item in enumerate(features):
+        pixels = (item["patches"].float() / 255 - 0.5) / 0.5
+        vit = encoder.vit
+        expected = vit.fc_norm(vit.forward_features(pixels[None], patch_coord=item["place"][None])["patches"])
+        torch.testing.assert_close(together.tokens[row, : expected.shape[1]], expected[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.pooled[row], expected[0, 4:].mean(0), rtol=0, atol=1e-5)
+    crops = [processor(picture_file(photograph(300, 60)), seed=seed)["place"].max(0).values + 1 for seed in range(20)]
+    assert (
+        all(rows * columns <= 12 and columns >= 2 * rows for rows, columns in crops) and len(set(map(str, crops))) > 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "max_patches"), [("naflexvit_base_patch16_gap", None), ("vit_tiny_patch16_224", 9)]
+)
+def test_a_shape_that_the_architecture_does_not_take_is_refused(architecture, max_patches):
+    with pytest.raises(ConfigError, match=f"{architecture}: image.max_patches = {max_patches}; naflexvit"):
+        image.Config(architecture=architecture, max_patches=max_patches).build_processor()
 
 
 def test_image_weights_of_another_size_are_fitted(tmp_path):
