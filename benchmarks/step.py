@@ -66,7 +66,10 @@ def make_features(modality: str, number: int, *, is_empty: bool = False) -> Feat
     if modality == "text":
         length = 0 if is_empty else int(torch.randint(6, 31, (), generator=generator))
         words = torch.randint(5, 6368, (length,), generator=generator)
-        return {"input_ids": torch.cat([torch.tensor([2]), words, torch.tensor([3])])}
+        return {
+            "input_ids": torch.cat([torch.tensor([2]), words, torch.tensor([3])]),
+            "second": torch.tensor(length + 2),
+        }
     if modality == "image":
         pixels = torch.randint(256, (3, 224, 224), generator=generator, dtype=torch.uint8)
         return {"pixels": pixels * (not is_empty)}

@@ -26,8 +26,8 @@ class Task(nn.Module):
             self.objectives = nn.ModuleDict({n: config.build(model, seed=seed) for n, config in objectives.items()})
         # The fused embedding's head must have a gradient on every rank, if only a zero.
         reads = any(config.reads_fused_batch for config in objectives.values())
-        trains = any(config.trains_fused_embedding for config in objectives.values())
-        self.fuses_batch = self.model.fusion is not None and (reads or not trains)
+        self.trains_fused_embedding = any(config.trains_fused_embedding for config in objectives.values())
+        self.fuses_batch = self.model.fusion is not None and (reads or not self.trains_fused_embedding)
         self.weights = {name: config.weight for name, config in objectives.items()}
 
     @property

@@ -210,12 +210,15 @@ class _Cards:
             self._samples[name, number] = source.read(number)
         return self._samples[name, number]
 
-    def card(self, name: str, number: int, modality: str, *, kind: str) -> str:
-        """One modality of a sample; `kind` is query, right or wrong."""
+    def card(self, name: str, number: int, side: str, *, kind: str) -> str:
+        """One modality of a sample, or several joined by `+`; `kind` is query, right or wrong."""
         members = self.sample(name, number).members
         caption = next((_caption(data) for ext, data in members.values() if mime_of(ext) == "text/plain"), "")
-        content = self._content(*members[modality], caption) if modality in members else "<em>absent</em>"
-        return f'<div class="card {kind}">{content}</div>'
+        contents = [
+            self._content(*members[modality], caption) if modality in members else "<em>absent</em>"
+            for modality in side.split("+")
+        ]
+        return f'<div class="card {kind}">{"".join(contents)}</div>'
 
     def _content(self, extension: str, data: bytes, caption: str) -> str:
         mime = mime_of(extension)

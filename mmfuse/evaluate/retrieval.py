@@ -4,8 +4,8 @@ Shape legend: N samples of the evaluation set, Q queries, G gallery, E embedding
 """
 
 import logging
-from collections.abc import Iterable, Mapping
-from itertools import permutations
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -43,46 +43,71 @@ class EmbeddedSet(NamedTuple):
     """bool `(N,)` by modality."""
     group_id: Tensor
     """int64 `(N,)`; samples of one group are each other's right answers."""
+    without: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    """`(N, E)` by the modality left out: the others of a complete sample, fused; nothing where that is not trained."""
+
+    def sides(self) -> Iterator[tuple[tuple[str, ...], Tensor, Tensor]]:
+        """What can be a query: modalities, their embedding `(N, E)`, and which samples have it, bool `(N,)`."""
+        for name, embedding in self.embeddings.items():
+            yield (name,), embedding, self.present[name]
+        complete = torch.stack(list(self.present.values())).all(0)
+        for left_out, embedding in self.without.items():
+            yield tuple(name for name in self.embeddings if name != left_out), embedding, complete
 
 
 @torch.no_grad()
 def embed_set(
-    model: FusionModel, batches: Iterable[Batch], *, num_samples: int, device: torch.device, name: str
+    model: FusionModel,
+    batches: Iterable[Batch],
+    *,
+    num_samples: int,
+    device: torch.device,
+    name: str,
+    fuses: bool = False,
 ) -> EmbeddedSet:
-    """Embeds every sample once; all ranks take part and all get the result."""
+    """Embeds every sample once; all ranks take part and all get the result.
+
+    Args:
+        fuses: whether complete samples are also embedded without each of their modalities.
+    """
     was_training = model.training
     model.eval()
     parts: dict[str, list[Tensor]] = {}
     for batch in tqdm(batches, desc=f"evaluating {name}", unit="batch", leave=False, disable=hide_bar(rank())):
         batch = batch.to(device)
-        embeddings = model.encode(batch).embeddings
-        columns = {**embeddings, "present": batch.present, "group": batch.group_id}
+        encoded = model.encode(batch)
+        columns = {**encoded.embeddings, "present": batch.present, "group": batch.group_id}
+        if fuses:
+            mixed = model.embed_without_each(encoded.token_batch, batch.present.all(1))
+            columns |= {f"without {name}": rows for name, rows in mixed.items()}
         for column, rows in columns.items():
             parts.setdefault(column, []).append(gather_rows(rows, global_rows=batch.global_rows).cpu())
     model.train(was_training)
     whole = {column: torch.cat(rows)[:num_samples] for column, rows in parts.items()}
     present = {modality: whole["present"][:, i] for i, modality in enumerate(model.modalities)}
-    return EmbeddedSet({m: whole[m] for m in model.modalities}, present, whole["group"])
+    without = {m: whole[f"without {m}"] for m in model.modalities} if fuses else {}
+    return EmbeddedSet({m: whole[m] for m in model.modalities}, present, whole["group"], without)
 
 
 def evaluate_retrieval(embedded: EmbeddedSet, config: EvaluationConfig) -> dict[str, Any]:
-    """Scores of every direction that has queries, by `image->text` and so on.
+    """Scores of every direction that has queries, by `image->text`, `text+audio->image` and so on.
 
     A query's gallery is every sample that has the other modality; the query's own group are the right answers. Chance
     is what a random order gives.
     """
     directions: dict[str, Any] = {}
-    for source, target in permutations(embedded.embeddings, 2):
-        queries, gallery = (embedded.present[m].nonzero()[:, 0] for m in (source, target))
+    pairs = product(embedded.sides(), embedded.embeddings)
+    for (names, embeddings, present), target in ((side, target) for side, target in pairs if target not in side[0]):
+        queries, gallery = (column.nonzero()[:, 0] for column in (present, embedded.present[target]))
         groups = embedded.group_id
         right_QG = groups[queries, None] == groups[gallery]
         answerable = right_QG.any(1)
         queries, right_QG = queries[answerable], right_QG[answerable]
         if not len(queries):
             continue
-        query_QE, gallery_GE = embedded.embeddings[source][queries], embedded.embeddings[target][gallery]
+        query_QE, gallery_GE = embeddings[queries], embedded.embeddings[target][gallery]
         ranks = rank_of_right_answer(query_QE, gallery_GE, right_QG)
-        directions[f"{source}->{target}"] = {
+        directions[f"{'+'.join(names)}->{target}"] = {
             **{f"R@{k}": (ranks < k).double().mean().item() for k in config.recall_at},
             **{f"chance R@{k}": chance_recall(right_QG, k) for k in config.recall_at},
             "median rank": ranks.double().quantile(0.5).item() + 1,
@@ -134,11 +159,11 @@ def summarize(results: Mapping[str, Mapping[str, Any]], *, k: int) -> list[str]:
     """Lines of a table: R@k of every direction beside chance, one block for each evaluation set."""
     lines = []
     for name, directions in results.items():
-        lines.append(f"{name:<16}{'R@' + str(k):>8}{'chance':>9}{'ratio':>8}{'median rank':>13}{'gallery':>9}")
+        lines.append(f"{name:<20}{'R@' + str(k):>8}{'chance':>9}{'ratio':>8}{'median rank':>13}{'gallery':>9}")
         for direction, scores in directions.items():
             recall, chance = scores[f"R@{k}"], scores[f"chance R@{k}"]
             lines.append(
-                f"  {direction:<14}{recall:>8.1%}{chance:>9.1%}{recall / chance:>7.1f}x"
+                f"  {direction:<18}{recall:>8.1%}{chance:>9.1%}{recall / chance:>7.1f}x"
                 f"{scores['median rank']:>13.0f}{scores['gallery']:>9}"
             )
     return lines

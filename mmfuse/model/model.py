@@ -17,6 +17,7 @@ from mmfuse.errors import ConfigError
 from mmfuse.modalities.base import Encoder, ModalityConfig
 from mmfuse.model.concat import ConcatFusion
 from mmfuse.model.fusion import Fusion, FusionConfig
+from mmfuse.model.variants import without_each
 from mmfuse.types import Batch, Encoded, Features, FusionOutput, ModalityBatch, TokenBatch
 
 
@@ -137,6 +138,18 @@ class FusionModel(nn.Module):
         assert self.fusion is not None, "model.fusion is null"
         tokens, pooled_BD = self.fusion(batch)
         return FusionOutput(tokens, pooled_BD, F.normalize(at_least_fp32(self.fused_head(pooled_BD)), dim=-1))
+
+    def embed_without_each(self, batch: TokenBatch, complete: Tensor) -> dict[str, Tensor]:
+        """By the modality left out, what the fusion makes of a sample's others: `(B, E)`; zeros where not `complete`.
+
+        Args:
+            complete: bool `(B,)`, which samples have every modality.
+        """
+        fused = self.fuse(without_each(batch, dict.fromkeys(self.modalities, complete))).embedding
+        rows = complete.nonzero()[:, 0]
+        parts = fused.split([len(rows)] * len(self.modalities))
+        empty = fused.new_zeros(len(complete), fused.shape[-1])
+        return {name: empty.index_copy(0, rows, part) for name, part in zip(self.modalities, parts, strict=True)}
 
     def embed(self, batch: Batch) -> Mapping[str, Tensor]:
         """`(B, E)` by modality, and as `fused` the whole sample; zeros where a row lacks it."""

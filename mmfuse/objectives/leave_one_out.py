@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mmfuse.errors import ConfigError
 from mmfuse.model.model import ModelConfig
-from mmfuse.model.variants import without_each
 from mmfuse.objectives.base import Comparison, Need, ObjectiveConfig, StepInputs, Term
 from mmfuse.objectives.contrastive import INITIAL_LOGIT_SCALE, exp_clamped, modality_sides, stack_embeddings
 from mmfuse.objectives.pairs.candidates import CandidateConfig, Side
@@ -45,15 +44,8 @@ class LeaveOneOut(Comparison):
 
     def represent(self, inputs: StepInputs) -> Tensor:
         """The modalities' embeddings, then the fusions without each of them."""
-        complete = inputs.batch.present.all(1)
-        every = dict.fromkeys(inputs.batch.modalities, complete)
-        fused = inputs.model.fuse(without_each(inputs.encoded.token_batch, every)).embedding
-        rows = complete.nonzero()[:, 0]
-        mixed = [
-            part.new_zeros(len(complete), part.shape[-1]).index_copy(0, rows, part)
-            for part in fused.split([len(rows)] * len(every))
-        ]
-        return torch.cat([stack_embeddings(inputs), torch.stack(mixed, dim=1)], dim=1)
+        mixed = inputs.model.embed_without_each(inputs.encoded.token_batch, inputs.batch.present.all(1))
+        return torch.cat([stack_embeddings(inputs), torch.stack(list(mixed.values()), dim=1)], dim=1)
 
     def compare(self, vectors: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, Term]:
         names, complete = batch.modalities, batch.present.all(1)

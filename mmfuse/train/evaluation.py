@@ -55,9 +55,10 @@ class Evaluator:
     def evaluate(self, task: Task, device: torch.device) -> Results:
         """Scores of every set; all ranks must call."""
         results = {}
+        fuses = task.trains_fused_embedding
         for name, source in self.sources.items():
             batches = self._batches(name, source)
-            embedded = embed_set(task.model, batches, num_samples=len(source), device=device, name=name)
+            embedded = embed_set(task.model, batches, num_samples=len(source), device=device, name=name, fuses=fuses)
             results[name] = evaluate_retrieval(embedded, self.config)
         return results
 

@@ -70,6 +70,27 @@ def test_every_rank_gets_the_whole_set_without_its_padding(size):
             torch.testing.assert_close(result[name], everything[name], rtol=0, atol=1e-12)
             assert torch.equal(result[f"present {name}"], everything[name].any(1))
         assert result["group"].tolist() == list(range(100, 109))
+        # A complete sample without its picture is what the same sample without a picture becomes.
+        without_picture = tiny_task().model.embed(make_batch("ta ti t ta ia tia i a ta"))["fused"]
+        for row in (0, 8):
+            torch.testing.assert_close(result["without image"][row], without_picture[row], rtol=0, atol=1e-12)
+        assert result["without image"].any(1).tolist() == [True, *[False] * 4, True, False, False, True]
+
+
+def test_the_fusion_of_a_sample_s_others_looks_for_the_one_left_out():
+    names, rows = ("text", "image", "audio"), unit_rows(4, seed=3)
+    there = {
+        "text": torch.ones(4).bool(),
+        "image": torch.tensor([True, True, True, False]),
+        "audio": torch.ones(4).bool(),
+    }
+    wrong = {name: unit_rows(4, seed=number) for number, name in enumerate(names)}
+    without = {**wrong, "image": rows}
+    embedded = EmbeddedSet({**wrong, "image": rows}, there, torch.arange(4), without)
+    scores = evaluate_retrieval(embedded, EvaluationConfig(recall_at=(1,)))
+    assert len(scores) == 6 + 3
+    assert scores["text+audio->image"]["R@1"] == 1.0 > scores["text->image"]["R@1"]
+    assert (scores["text+audio->image"]["queries"], scores["image+audio->text"]["gallery"]) == (3, 4)
 
 
 def test_a_direction_counts_only_samples_that_have_both_ends():

@@ -201,10 +201,11 @@ def embed_evaluation_set() -> Result:
     padding = Sample(sample_id=-1, group_id=-1, key="", features={})
     parts = (samples[:5], [*samples[5:], padding])
     batches = (make_batch(part, rank=rank(), world_size=world_size()) for part in parts)
-    embedded = embed_set(model.train(), batches, num_samples=9, device=torch.device("cpu"), name="test")
+    embedded = embed_set(model.train(), batches, num_samples=9, device=torch.device("cpu"), name="test", fuses=True)
     assert model.training
     present = {f"present {name}": column for name, column in embedded.present.items()}
-    return {**embedded.embeddings, **present, "group": embedded.group_id}
+    without = {f"without {name}": rows for name, rows in embedded.without.items()}
+    return {**embedded.embeddings, **present, **without, "group": embedded.group_id}
 
 
 RECIPES: dict[str, dict[str, Callable[[], Result]]] = {
