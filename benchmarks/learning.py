@@ -33,6 +33,10 @@ SYSTEMS = {
     SENTENCE_TRANSFORMERS: _WITHOUT_SOUND,
     "mmfuse, image and text": _WITHOUT_SOUND,
     "mmfuse, image, text and sound": [],
+    "the same, sound at a quarter of the weight": [
+        "model.fusion=null",
+        "objectives={leave_one_out: null, contrastive: {pairs: {text-image: 1, text-audio: 0.25, image-audio: 0.25}}}",
+    ],
 }
 """With what each changes in the run."""
 DIRECTIONS = ("image->text", "text->image")
