@@ -24,7 +24,7 @@ def make_sample(latent: int, presence: str, generator: torch.Generator) -> Sampl
         pixels[slot].unflatten(1, (2, 16))[:, :, 2 * value : 2 * value + 2] += 160
         fbank[10 * slot : 10 * slot + 10, 2 * value : 2 * value + 2] += 2
     features: dict[str, Features] = {
-        "text": {"input_ids": torch.tensor([CLS, *words, SEP])},
+        "text": {"input_ids": torch.tensor([CLS, *words, SEP]), "second": torch.tensor(len(words) + 2)},
         "image": {"pixels": pixels.to(torch.uint8)},
         "audio": {"fbank": fbank},
     }

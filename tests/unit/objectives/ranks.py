@@ -72,8 +72,12 @@ WAYS = {
 EVEN = ("complete", "idle")
 """The scenarios that fall into two halves."""
 ACCUMULATED = {
-    **{f"contrastive {way}": ("contrastive", settings) for way, settings in WAYS.items()},
-    **{f"leave_one_out {way}": ("leave_one_out", settings) for way, settings in {"at once": {}, **CANDIDATES}.items()},
+    **{
+        f"contrastive {way}": ("contrastive", s)
+        for way, s in WAYS.items()
+        if way.endswith(("at once", "ring of blocks"))
+    },
+    **{f"leave_one_out {way}": ("leave_one_out", CANDIDATES[way]) for way in ("blocks", "ring of blocks")},
 }
 """Objectives that accumulate, with their settings."""
 
