@@ -71,6 +71,11 @@ def _add_eval(commands) -> None:
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="where the report goes (default: CHECKPOINT.evaluation)"
     )
+    evaluate.add_argument(
+        "--last-weights",
+        action="store_true",
+        help="score the weights of the last step also where the run kept a moving average (train.ema_decay)",
+    )
     evaluate.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     _add_overrides(evaluate)
     evaluate.set_defaults(command=_evaluate)
@@ -134,7 +139,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     device = find_device(options.device)
     checkpoint = find_checkpoint(options.checkpoint).absolute()  # `.` has no name beside which a report could stand
-    evaluate_checkpoint(checkpoint, output=options.out, overrides=options.overrides, device=device)
+    evaluate_checkpoint(
+        checkpoint,
+        output=options.out,
+        overrides=options.overrides,
+        device=device,
+        averaged=not options.last_weights,
+    )
     return 0
 
 

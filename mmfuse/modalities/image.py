@@ -19,6 +19,7 @@ from mmfuse.config import Settings
 from mmfuse.errors import ConfigError
 from mmfuse.modalities.base import ModalityConfig, PatchEncoder, Processor
 from mmfuse.modalities.image_encoders.naflex import NaFlexEncoder
+from mmfuse.modalities.media.class_tokens import has_class_token
 from mmfuse.modalities.media.given import picture_to_bytes
 from mmfuse.modalities.media.picture_shapes import Native, PictureShape, Square
 from mmfuse.modalities.media.pictures import DrawsFrom, crop_at_random, jitter_colors, load_upright, open_picture
@@ -82,10 +83,16 @@ class Config(ModalityConfig):
     def build_encoder(self) -> "ImageEncoder | NaFlexEncoder":
         if self.max_patches is None:
             return ImageEncoder(self)
-        return NaFlexEncoder(self.build_vit(global_pool=""), pooling=self.pooling)
+        vit = self.build_vit()
+        vit.reset_classifier(0, "")  # afterwards: pretrained weights have a pooling
+        return NaFlexEncoder(vit, pooling=self.pooling)
 
     def build_vit(self, **changes: Any) -> Any:
-        """timm's model without a classifier."""
+        """timm's model without a classifier.
+
+        Raises:
+            ConfigError: the class token is asked for, and it has none.
+        """
         sizes: dict[str, Any] = {"embed_dim": self.hidden_size, "depth": self.num_layers, "num_heads": self.num_heads}
         local = {"file": self.pretrained} if isinstance(self.pretrained, str) else None
         vit: Any = timm.create_model(
@@ -96,6 +103,8 @@ class Config(ModalityConfig):
             **changes,
             **{name: size for name, size in sizes.items() if size is not None},
         )
+        if self.pooling == "cls" and not has_class_token(vit):
+            raise ConfigError(f"image.pooling = cls: {self.architecture} has no class token; set it to mean")
         if self.gradient_checkpointing:
             vit.set_grad_checkpointing()
         return vit

@@ -88,16 +88,17 @@ class TextProcessor:
         dropping = None
         if seed is not None and self.drop_probability:
             dropping = torch.Generator().manual_seed(seed)
-        first, divided, second = self._decode(data).partition(BETWEEN_SENTENCES.decode())
+        first, divided, second = data.partition(BETWEEN_SENTENCES)
         encoded = self.tokenizer(
-            first,
-            second if divided else None,
+            self._decode(first),
+            self._decode(second) if divided else None,
             truncation=True,
             max_length=self.max_tokens,
             return_special_tokens_mask=dropping is not None,
         )
         ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-        start = encoded.sequence_ids().index(1) if divided else len(ids)
+        sentence = encoded.sequence_ids() if divided else []
+        start = sentence.index(1) if 1 in sentence else len(ids)  # nothing may be left of the second one
         if dropping is not None:
             special = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
             kept = _draw_kept(special, self.drop_probability, dropping)

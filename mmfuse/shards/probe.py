@@ -202,13 +202,16 @@ def _probe_sound(pile: _Pile, file: BufferedReader, rule: MemberRule) -> None:
         pile.sound_kinds[f"{sound.samplerate:,} Hz {channels} {sound.format}"] += 1
 
 
+_BY_LINE = ("lines", "sentences")
+
+
 def _probe_text(pile: _Pile, file: BufferedReader, rule: MemberRule) -> None:
-    """Every line is a caption where the recipe says so; of captions in JSON the one that evaluation takes."""
+    """Every line is a caption, or a sentence, where the recipe says so; in JSON the one that evaluation takes."""
     data = file.read(_MAX_TEXT_BYTES)
     if not isinstance(rule.captions, str):
         data = choose_caption(data, rule, seed=None)
     text = data.decode("utf-8")
-    captions = [caption.strip() for caption in (text.splitlines() if rule.captions == "lines" else [text])]
+    captions = [caption.strip() for caption in (text.splitlines() if rule.captions in _BY_LINE else [text])]
     found = [caption for caption in captions if caption]
     pile.captions += found
     pile.empty += not found

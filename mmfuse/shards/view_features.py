@@ -53,7 +53,7 @@ class FeatureViews:
                 features = self.processors[modality](caption, seed=seed)
             except SampleError as error:
                 return f'<p class="bad">{escape(describe_error(error))}</p>'
-            shown = "".join(self._show(modality, feature, tensor) for feature, tensor in features.items())
+            shown = "".join(self._show(modality, name, tensor) for name, tensor in features.items() if tensor.ndim)
             names.setdefault(shown, []).append(str(number) if number else "evaluation")
         return "".join(
             f"<figure>{shown}<figcaption>{_name(numbers)}</figcaption></figure>" for shown, numbers in names.items()

@@ -4,7 +4,7 @@
 First every micro-batch goes through the model without a graph and leaves its vectors; these are compared, and the
 gradient by each vector is found. Then comes an ordinary micro-step for each: the model runs again, with the same random
 numbers, and that gradient goes back through it. So no engine needs a case of its own, the memory is that of one
-micro-batch, and the price is one forward more.
+micro-batch, and the price is one forward more; under ZeRO-3 that one also gathers parameters without prefetching them.
 
 Shape legend: B rows of a micro-batch, S vectors of a row, E embedding.
 """

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mmfuse.train.engines.base import Engine
 
+_SWAPPED_AT_ONCE = 1 << 22
+"""Numbers of a flat tensor, or rows of a matrix."""
+
 
 class WeightAverage:
     """The average of the weights after every step so far; without a decay there is none, and nothing happens."""
@@ -53,7 +56,9 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for mine, master in zip(self.tensors, self.engine.master_weights(), strict=True):
-            kept = master.detach().clone()
-            master.copy_(mine)
-            mine.copy_(kept)
+            # In parts: under ZeRO one tensor may be all that this rank holds.
+            for part, other in zip(mine.split(_SWAPPED_AT_ONCE), master.detach().split(_SWAPPED_AT_ONCE), strict=True):
+                kept = other.clone()
+                other.copy_(part)
+                part.copy_(kept)
         self.engine.publish_weights()

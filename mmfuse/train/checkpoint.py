@@ -146,7 +146,10 @@ def load_weights(task: nn.Module, folder: Path, *, averaged: bool = False) -> No
     Raises:
         CheckpointError: damaged, or the weights of another model; names the first differences.
     """
-    stored = _load(folder, _AVERAGE if averaged and _AVERAGE in _kinds(folder) else "model")
+    averaged = averaged and _AVERAGE in _kinds(folder)
+    if averaged:
+        logger.info("%s: taking the moving average of the weights", folder)
+    stored = _load(folder, _AVERAGE if averaged else "model")
     ours = task.state_dict()
     wrong = [name for name in ours if name not in stored or stored[name].shape != ours[name].shape]
     wrong += sorted(name for name in stored if name not in ours)

@@ -128,12 +128,14 @@ def _purpose(name: str) -> str:
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, *, output: Path | None, overrides: list[str], device: torch.device
+    checkpoint: Path, *, output: Path | None, overrides: list[str], device: torch.device, averaged: bool = True
 ) -> Results:
     """Scores a checkpoint beside a randomly initialised model and writes the report.
 
     It goes to `output`, by default the folder `CHECKPOINT.evaluation`.
 
+    Args:
+        averaged: as of `load_weights`.
     Raises:
         CheckpointError: incomplete, damaged, or of another model.
     """
@@ -145,7 +147,7 @@ def evaluate_checkpoint(
     evaluator = Evaluator(run, model, folder=folder)
     task = Task(model, run.objective_configs, seed=run.seed).to(device)
     evaluator.evaluate_step(task, device, step=0, folder=folder)
-    load_weights(task, checkpoint, averaged=True)
+    load_weights(task, checkpoint, averaged=averaged)
     results = evaluator.evaluate_step(task, device, step=step, folder=folder)
     evaluator.report(results, folder)
     return results

@@ -91,7 +91,10 @@ def _is_position_or_token(name: str) -> bool:
     """ViT and AST keep position embeddings and class tokens as bare parameters."""
     return name.rsplit(".", 1)[-1] in {
         "pos_embed",
+        "pos_embed_x",
+        "pos_embed_y",
         "cls_token",
+        "reg_token",
         "position_embeddings",
         "distillation_token",
         "modality_embedding",

@@ -54,6 +54,11 @@ def start_or_resume(
     if not checkpoint:
         return 0, WeightAverage(engine, run.train.ema_decay)
     facts, state = read_facts(checkpoint), load_portable_state(checkpoint)
+    if "ema" in state and not run.train.ema_decay:
+        raise CheckpointError(
+            f"{checkpoint} holds a moving average of the weights, which would be lost: set train.ema_decay, or choose "
+            "another output_dir"
+        )
     engine.import_moments(state, facts["adam_steps"])
     average = WeightAverage(engine, run.train.ema_decay)
     if "ema" in state:

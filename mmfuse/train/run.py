@@ -53,8 +53,8 @@ class TrainConfig(Settings):
     """Samples of one optimizer step, over all ranks and micro-steps."""
     accumulation: PositiveInt = 1
     """Micro-steps of one optimizer step, for batches that do not fit. `contrastive` and `leave_one_out` see all of
-    them, at the price of one forward more; other objectives are normalised by each one's counts, and the step takes
-    their mean."""
+    them, at the price of one forward more; other objectives are normalised by each one's counts, `next_sentence` draws
+    within each, and the step takes their mean."""
     precision: Precision = "fp32"
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
@@ -119,6 +119,9 @@ class RunConfig(Settings):
                 "it needs, would come from one micro-batch only, which is another objective; set it to 1, or take "
                 "matching out"
             )
+        rows = self.train.global_batch // self.train.accumulation
+        if "next_sentence" in self.objectives and rows < 2:
+            problems.append(f"objectives.next_sentence draws from a micro-batch, and one of {rows} row has no others")
         if self.train.global_batch % self.train.accumulation:
             problems.append(
                 f"train.global_batch = {self.train.global_batch} is not a multiple of "

@@ -22,6 +22,7 @@ KEPT = [("txt",), ("jpg",), ("txt", "jpg"), ("jpg", "txt", "ogg"), ("txt",), ("t
 """Modalities by turns: most rows lack sound, so ranks without any are common."""
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed on CPU compiles a library with g++")
 ZERO2, ZERO3 = (pytest.param(name, marks=needs_compiler) for name in ("zero2", "zero3"))
+OBJECTIVES = ("contrastive", "matching", "masked_language", "leave_one_out", "next_sentence")
 TOLERANCE = 2e-6
 """Relative, fp32, over 20 steps with every objective: sums in another order, fed back through Adam."""
 
@@ -50,7 +51,7 @@ def write_sparse_shards(folder: Path, *, count: int = 56, kept: Sequence[tuple[s
         "name": "sparse",
         "members": {
             "image": {"extensions": ["jpg"]},
-            "text": {"extensions": ["txt"], "captions": "lines"},
+            "text": {"extensions": ["txt"], "captions": "sentences"},
             "audio": {"extensions": ["ogg"]},
         },
         "splits": {"train": {"shards": ["part-*.tar"], "samples": count}},
@@ -76,7 +77,7 @@ def write_run(path: Path, recipe: Path, *, steps: int) -> Path:
             },
             "fusion": {"num_layers": 1, "num_heads": 2},
         },
-        "objectives": {"contrastive": {}, "matching": {}, "masked_language": {}, "leave_one_out": {}},
+        "objectives": {name: {} for name in OBJECTIVES},
         "data": {"train": [{"recipe": str(recipe)}], "num_workers": 1},
         "train": {
             "steps": steps,

@@ -1,4 +1,4 @@
-"""What encoders of spectrum patches share: one token for each strip of frames, clips of any length."""
+"""What encoders of spectrum patches share: one token for each strip of frames, sounds up to a clip's length."""
 
 import math
 

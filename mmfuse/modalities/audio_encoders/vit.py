@@ -1,5 +1,5 @@
-"""A Vision Transformer of timm that reads log-mel spectra of any length, also with weights from pictures (PSLA and AST
-begin there: Gong et al. 2021, arXiv 2102.01243 and 2104.01778).
+"""A Vision Transformer of timm that reads log-mel spectra up to a clip's length, also with weights from pictures, where
+PSLA and AST began (Gong et al. 2021, arXiv 2102.01243 and 2104.01778).
 
 Shape legend: n sounds, F patches in frequency, T in time, N tokens with the special ones, D width.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mmfuse.errors import ConfigError
 from mmfuse.modalities.audio_encoders.strips import StripEncoder
 from mmfuse.modalities.base import masked_mean
+from mmfuse.modalities.media.class_tokens import has_class_token
 from mmfuse.types import EncoderOutput, Features
 
 DEFAULT_VIT = "vit_tiny_patch16_224"
@@ -41,10 +43,17 @@ def build_vit(
             global_pool="",
             **sizes,
         )
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, OSError, AssertionError) as error:
         raise ConfigError(f"audio: {name} is no ViT that timm can build for spectra: {error}") from error
-    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
+    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None or type(vit.patch_embed) is not PatchEmbed:
         raise ConfigError(f"audio: {name} is no Vision Transformer with learned positions, such as {DEFAULT_VIT}")
+    embed: Any = vit.patch_embed
+    (height, width), (_, time_patches) = embed.patch_size, embed.grid_size
+    if num_mel_bins % height or not time_patches:
+        raise ConfigError(
+            f"audio: patches of {height} mel bins and {width} frames do not fill num_mel_bins = {num_mel_bins} and "
+            f"{num_frames} frames (clip_seconds)"
+        )
     return vit
 
 
@@ -55,6 +64,8 @@ class VitAudioEncoder(StripEncoder):
         self, vit: VisionTransformer, *, num_mel_bins: int, pooling: str, gradient_checkpointing: bool
     ) -> None:
         super().__init__()
+        if pooling == "cls" and not has_class_token(vit):
+            raise ConfigError("audio.pooling = cls: this ViT has no class token; set it to mean")
         self.vit: Any = vit
         self.num_mel_bins, self.pooling = num_mel_bins, pooling
         self.gradient_checkpointing = gradient_checkpointing

@@ -1,4 +1,3 @@
-"""A text of two sentences travels as one member, divided by a character that texts do not have."""
+"""A text of two sentences travels as one member, divided by bytes that no UTF-8 text has."""
 
-BETWEEN_SENTENCES = b"\x1f"
-"""ASCII's unit separator."""
+BETWEEN_SENTENCES = b"\xff\xfe\xff"

@@ -9,6 +9,7 @@ from mmfuse.config import validate
 from mmfuse.data.captions import choose_caption, order_by_weight
 from mmfuse.data.recipe import MemberRule
 from mmfuse.errors import ConfigError, SampleError
+from mmfuse.modalities.media.sentences import BETWEEN_SENTENCES
 
 LINES = MemberRule(extensions=("txt",), captions="lines")
 
@@ -29,8 +30,8 @@ def test_training_draws_lines_and_evaluation_takes_the_first() -> None:
 def test_a_text_is_two_sentences_that_follow_each_other_or_the_only_one() -> None:
     rule = MemberRule(extensions=("txt",), captions="sentences")
     drawn = {choose_caption(b"one\n\ntwo\nthree\n", rule, seed=seed) for seed in range(60)}
-    assert drawn == {b"one\x1ftwo", b"two\x1fthree"}
-    assert choose_caption(b"one\n\ntwo\nthree\n", rule, seed=None) == b"one\x1ftwo"
+    assert drawn == {b"one" + BETWEEN_SENTENCES + b"two", b"two" + BETWEEN_SENTENCES + b"three"}
+    assert choose_caption(b"one\n\ntwo\nthree\n", rule, seed=None) == b"one" + BETWEEN_SENTENCES + b"two"
     assert choose_caption(b"\none \n", rule, seed=4) == b"one "
 
 

@@ -85,24 +85,56 @@ def test_sound_through_a_vit_of_pictures_equals_the_library_on_a_full_clip(tmp_p
         audio.Config(encoder="vit", architecture="resnet18").build_encoder()
 
 
-def test_pictures_of_several_shapes_in_one_batch_are_what_the_library_makes_of_each():
+@pytest.mark.parametrize(("kind", "registers"), [("gap", 4), ("siglip", 0)])
+def test_pictures_of_several_shapes_in_one_batch_are_what_the_library_makes_of_each(kind, registers):
     sizes = {"hidden_size": 24, "num_layers": 2, "num_heads": 3}
-    config = image.Config(architecture="naflexvit_base_patch16_gap", max_patches=12, **sizes)
+    config = image.Config(architecture=f"naflexvit_base_patch16_{kind}", max_patches=12, **sizes)
     encoder, processor = config.build_encoder().eval(), config.build_processor()
     features = [processor(picture_file(photograph(*size)), seed=None) for size in ((64, 48), (60, 60), (20, 90))]
     assert [tuple((item["place"].max(0).values + 1).tolist()) for item in features] == [(3, 4), (3, 3), (6, 2)]
     together = encoder(processor.collate(features))
-    assert together.mask.sum(1).tolist() == [16, 13, 16]  # four registers each
+    assert together.mask.sum(1).tolist() == [12 + registers, 9 + registers, 12 + registers]
     for row, item in enumerate(features):
         pixels = (item["patches"].float() / 255 - 0.5) / 0.5
         vit = encoder.vit
         expected = vit.fc_norm(vit.forward_features(pixels[None], patch_coord=item["place"][None])["patches"])
         torch.testing.assert_close(together.tokens[row, : expected.shape[1]], expected[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(together.pooled[row], expected[0, 4:].mean(0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.pooled[row], expected[0, registers:].mean(0), rtol=0, atol=1e-5)
     crops = [processor(picture_file(photograph(300, 60)), seed=seed)["place"].max(0).values + 1 for seed in range(20)]
     assert (
         all(rows * columns <= 12 and columns >= 2 * rows for rows, columns in crops) and len(set(map(str, crops))) > 1
     )
+
+
+def test_naflex_weights_with_a_pooling_are_loaded_without_it(tmp_path):
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3}
+    vit = timm.create_model("naflexvit_base_patch16_siglip", **sizes)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    config = image.Config(
+        architecture="naflexvit_base_patch16_siglip",
+        pretrained=str(tmp_path / "vit.pt"),
+        **{"max_patches": 9, "hidden_size": 24, "num_layers": 1, "num_heads": 3},
+    )
+    found = config.build_encoder().vit.state_dict()
+    assert all(torch.equal(tensor, vit.state_dict()[name]) for name, tensor in found.items())
+    assert not any("attn_pool" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (image.Config(architecture="naflexvit_base_patch16_gap", max_patches=9, pooling="cls"), "image.pooling = cls"),
+        (image.Config(architecture="vit_medium_patch16_gap_240", pooling="cls"), "image.pooling = cls"),
+        (audio.Config(encoder="vit", architecture="vit_medium_patch16_gap_240", pooling="cls"), "audio.pooling = cls"),
+        (audio.Config(encoder="vit", num_mel_bins=80), "64 mel bins and 8 frames do not fill num_mel_bins = 80"),
+        (audio.Config(encoder="vit", time_stride=300), "64 mel bins and 300 frames do not fill .* 256 frames"),
+        (audio.Config(encoder="vit", architecture="deit_tiny_distilled_patch16_224"), "no ViT that timm can build"),
+        (audio.Config(encoder="vit", architecture="vit_tiny_r_s16_p8_224"), "no Vision Transformer with learned"),
+    ],
+)
+def test_what_an_architecture_cannot_do_is_refused_before_the_first_step(config, message):
+    with pytest.raises(ConfigError, match=message):
+        config.build_encoder()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from unit.modalities.members import noise, photograph, picture_file, sound_file
 
 from mmfuse.errors import ConfigError, SampleError
 from mmfuse.modalities import audio, image, text
+from mmfuse.modalities.media.sentences import BETWEEN_SENTENCES
 
 MEMBERS = {"text": b"a red apple", "image": picture_bytes(1), "audio": sound_bytes(1)}
 
@@ -136,14 +137,16 @@ def test_long_captions_are_cut_and_keep_their_end_mark():
 def test_two_sentences_are_what_the_tokenizer_makes_of_a_pair():
     processor = text.Config(max_tokens=9).build_processor()
     for first, second in (("a red apple", "it is sweet"), ("a red apple in a tree", "it is sweet and round")):
-        features = processor(f"{first}\x1f {second}".encode(), seed=None)
+        features = processor(first.encode() + BETWEEN_SENTENCES + second.encode(), seed=None)
         expected = processor.tokenizer(first, second, truncation=True, max_length=9)
         assert features["input_ids"].tolist() == expected["input_ids"]
         assert int(features["second"]) == expected["token_type_ids"].index(1)
-    alone = processor(b"a red apple", seed=None)
-    assert int(alone["second"]) == len(alone["input_ids"])
+    for data in (b"a red apple", b"a red\x1fapple", b"a red apple" + BETWEEN_SENTENCES + "\u200b".encode()):
+        alone = processor(data, seed=None)
+        assert int(alone["second"]) == len(alone["input_ids"])
     dropping = text.Config(augment={"drop_probability": 0.5}).build_processor()
-    drawn = [dropping(b"apple apple apple\x1fsun sun sun", seed=seed) for seed in range(20)]
+    pair = b"apple apple apple" + BETWEEN_SENTENCES + b"sun sun sun"
+    drawn = [dropping(pair, seed=seed) for seed in range(20)]
     apple, sun = (processor.tokenizer(word)["input_ids"][1] for word in ("apple", "sun"))
     assert len({int(features["second"]) for features in drawn}) > 1
     for features in drawn:

@@ -10,6 +10,7 @@ from torch import Tensor
 from unit.train.tiny_runs import killed_after_step_2, train_tiny
 
 import mmfuse
+from mmfuse.errors import CheckpointError
 
 DECAY = 0.3
 EVERY_STEP = ("train.checkpoint_every=1", "train.keep_checkpoints=9", "train.evaluate_every=1")
@@ -60,6 +61,12 @@ def test_a_run_that_asks_for_it_later_begins_with_the_weights_of_then(tiny_run: 
     decay = min(DECAY, 3 / 12)
     for name, tensor in averages[0].items():
         torch.testing.assert_close(tensor, decay * before[name] + (1 - decay) * weights[1][name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_resume_that_would_lose_it_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    killed = killed_after_step_2(train_tiny(tiny_run, tmp_path / "whole", *AVERAGED[2:]), tmp_path / "killed")
+    with pytest.raises(CheckpointError, match=r"moving average .* would be lost: set train\.ema_decay"):
+        train_tiny(tiny_run, killed)
 
 
 @pytest.mark.parametrize(("averaged", "kind"), [(True, "ema"), (False, "model")])

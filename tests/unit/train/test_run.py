@@ -50,6 +50,10 @@ def test_a_shipped_run_equals_itself_after_its_own_yaml(name: str, tmp_path: Pat
             ["train.global_batch=5", "train.accumulation=2"],
             "global_batch = 5 is not a multiple of train.accumulation = 2",
         ),
+        (
+            ["objectives.next_sentence={}", "train.accumulation=4"],
+            "objectives.next_sentence draws from a micro-batch, and one of 1 row",
+        ),
         (["data.lanes=3"], "train.global_batch = 4 is not a multiple of data.lanes = 3"),
         (["optimizer.warmup_steps=2"], "optimizer.warmup_steps = 2 is not below train.steps = 2"),
     ],
