@@ -31,17 +31,28 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
+def results_of(recipe: str, size: int) -> list[dict[str, torch.Tensor]]:
+    """What each rank of a world of this size gave."""
+    if size == 1:
+        return [result_alone(recipe)]
+    return [results[recipe] for results in results_on_ranks("objectives")[size]]
+
+
+def check_equal(ranks: list[dict[str, torch.Tensor]], expected: dict[str, torch.Tensor]) -> None:
+    """The mean loss of the ranks, and every rank's gradients, are the expected ones."""
+    assert expected["loss"] > 0
+    assert error(torch.stack([result["loss"] for result in ranks]).mean(), expected["loss"]) < TOLERANCE
+    for name in expected.keys() - {"loss"}:
+        for result in ranks:
+            assert error(result[name], expected[name]) < TOLERANCE, name
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("objective", ALL_OBJECTIVES)
 @pytest.mark.parametrize("size", WORLD_SIZES)
 def test_loss_and_gradients_do_not_know_the_world_size(size: int, objective: str, scenario: str) -> None:
     recipe = f"{scenario} {objective}"
-    alone, ranks = result_alone(recipe), [results[recipe] for results in results_on_ranks("objectives")[size]]
-    assert alone["loss"] > 0
-    assert error(torch.stack([result["loss"] for result in ranks]).mean(), alone["loss"]) < TOLERANCE
-    for name in alone.keys() - {"loss"}:
-        for result in ranks:
-            assert error(result[name], alone[name]) < TOLERANCE, name
+    check_equal(results_of(recipe, size), result_alone(recipe))
 
 
 BLOCKED = {
@@ -56,30 +67,14 @@ BLOCKED = {
 @pytest.mark.parametrize("size", (1, *WORLD_SIZES))
 def test_blocks_and_rings_of_candidates_change_nothing(size: int, blocked: str, scenario: str) -> None:
     plain = BLOCKED[blocked].format(next((loss for loss in LOSSES if blocked.startswith(f"contrastive {loss} ")), ""))
-    expected, recipe = result_alone(f"{scenario} {plain}"), f"{scenario} {blocked}"
-    ranks = (
-        [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks("objectives")[size]]
-    )
-    assert expected["loss"] > 0
-    assert error(torch.stack([result["loss"] for result in ranks]).mean(), expected["loss"]) < TOLERANCE
-    for name in expected.keys() - {"loss"}:
-        for result in ranks:
-            assert error(result[name], expected[name]) < TOLERANCE, name
+    check_equal(results_of(f"{scenario} {blocked}", size), result_alone(f"{scenario} {plain}"))
 
 
 @pytest.mark.parametrize("scenario", EVEN)
 @pytest.mark.parametrize("way", ACCUMULATED)
 @pytest.mark.parametrize("size", (1, *WORLD_SIZES))
 def test_two_micro_steps_are_one_step_of_the_whole_batch(size: int, way: str, scenario: str) -> None:
-    expected, recipe = train_step(scenario, *ACCUMULATED[way]), f"{scenario} {way} accumulated"
-    ranks = (
-        [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks("objectives")[size]]
-    )
-    assert expected["loss"] > 0
-    assert error(torch.stack([result["loss"] for result in ranks]).mean(), expected["loss"]) < TOLERANCE
-    for name in expected.keys() - {"loss"}:
-        for result in ranks:
-            assert error(result[name], expected[name]) < TOLERANCE, name
+    check_equal(results_of(f"{scenario} {way} accumulated", size), train_step(scenario, *ACCUMULATED[way]))
 
 
 def test_the_scenarios_have_what_they_promise() -> None:
@@ -110,9 +105,7 @@ def test_contrastive_is_open_clip_on_complete_batches(size: int, way: str) -> No
         loss = ClipLoss()(first, embeddings[:, 1], log_scale.exp())
     loss.backward()
     recipe = f"complete pairs {way}"
-    ranks = (
-        [result_alone(recipe)] if size == 1 else [results[recipe] for results in results_on_ranks("objectives")[size]]
-    )
+    ranks = results_of(recipe, size)
     assert error(torch.stack([result["loss"] for result in ranks]).mean(), loss.detach()) < TOLERANCE
     # Each rank's loss is `size` times its part, for engines take the mean of gradients.
     assert error(torch.cat([result["embeddings"] for result in ranks]) / size, embeddings.grad) < TOLERANCE
