@@ -6,8 +6,8 @@ A file `mmfuse/modalities/NAME.py` has three names at its top level:
     class Config            its settings; builds its processor and its encoder
     (whatever it likes)     the processor and the encoder themselves
 
-What would not fit into one file lies in `media/`, `audio_encoders/` and `adaptation/`, which have no `__init__.py`, so
-that no run takes them for modalities.
+What would not fit into one file lies in `media/`, `audio_encoders/`, `image_encoders/` and `adaptation/`, which have no
+`__init__.py`, so that no run takes them for modalities.
 
 Shape legend: n rows, L tokens, D width.
 """
