@@ -177,17 +177,17 @@ class _Series(NamedTuple):
 
 
 def _draw_recall(evaluations: Mapping[int, SetScores], *, k: int) -> list[Plot]:
-    """R@k of every direction over the steps, one plot for each set."""
+    """R@k of every direction over the steps: for each set a plot of single modalities, and one of those joined."""
     curves = []
     for name, directions in evaluations[max(evaluations)].items():
-        series = []
+        series: dict[str, list[_Series]] = {name: [], f"{name}, from several": []}
         for direction, final in directions.items():
             scores = {step: sets.get(name, {}).get(direction, {}).get(f"R@{k}") for step, sets in evaluations.items()}
             known = {step: score for step, score in scores.items() if score is not None}
-            series.append(
-                _Series(direction.replace("->", " → "), [*known], [*known.values()], final.get(f"chance R@{k}"))
-            )
-        curves += _draw(f"R@{k}, {name}", series, percent=True, note="dashed: chance")
+            line = _Series(direction.replace("->", " → "), [*known], [*known.values()], final.get(f"chance R@{k}"))
+            series[f"{name}, from several" if "+" in direction else name].append(line)
+        for title, lines in series.items():
+            curves += _draw(f"R@{k}, {title}", lines, percent=True, note="dashed: chance")
     return curves
 
 
