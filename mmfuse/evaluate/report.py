@@ -180,12 +180,12 @@ def _draw_recall(evaluations: Mapping[int, SetScores], *, k: int) -> list[Plot]:
     """R@k of every direction over the steps: for each set a plot of single modalities, and one of those joined."""
     curves = []
     for name, directions in evaluations[max(evaluations)].items():
-        series: dict[str, list[_Series]] = {name: [], f"{name}, from several": []}
+        series: dict[str, list[_Series]] = {name: [], f"{name}, joined": []}
         for direction, final in directions.items():
             scores = {step: sets.get(name, {}).get(direction, {}).get(f"R@{k}") for step, sets in evaluations.items()}
             known = {step: score for step, score in scores.items() if score is not None}
             line = _Series(direction.replace("->", " → "), [*known], [*known.values()], final.get(f"chance R@{k}"))
-            series[f"{name}, from several" if "+" in direction else name].append(line)
+            series[f"{name}, joined" if "+" in direction else name].append(line)
         for title, lines in series.items():
             curves += _draw(f"R@{k}, {title}", lines, percent=True, note="dashed: chance")
     return curves
