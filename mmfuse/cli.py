@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from mmfuse.cli_shards import add_paths, add_shards
-from mmfuse.errors import CheckpointError, ConfigError, MmfuseError
+from mmfuse.errors import CheckpointError, ConfigError, MmfuseError, Stopped
+from mmfuse.launch import tell_launcher
 from mmfuse.log import set_up_logging
 from mmfuse.version import VERSION
 
-_GLOBAL_ERRORS = (ConfigError, CheckpointError)
+_GLOBAL_ERRORS = (ConfigError, CheckpointError, Stopped)
 """Errors that every rank meets; rank 0 speaks for all."""
 
 
@@ -24,9 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options)
     except MmfuseError as error:
+        stopped = isinstance(error, Stopped)
         if rank == 0 or not isinstance(error, _GLOBAL_ERRORS):
-            print(f"mmfuse: error: {error}", file=sys.stderr)
-        return error.exit_code
+            print(f"mmfuse: {error}" if stopped else f"mmfuse: error: {error}", file=sys.stderr)
+        is_told = tell_launcher(error.exit_code)
+        return 0 if stopped and is_told else error.exit_code  # anything but 0 looks to torchrun like a crash
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mmfuse",
         description="Trains and evaluates text + image + audio models on WebDataset tar shards, "
         "from samples with any subset of the three.",
-        epilog="Exit codes: 2 wrong settings, 3 wrong data, 4 wrong checkpoint, 5 wrong launch, 6 training failed.",
+        epilog="Exit codes: 2 wrong settings, 3 wrong data, 4 wrong checkpoint, 5 wrong launch, "
+        "6 training failed, 75 stopped on request or hung: started again, it goes on.",
     )
     parser.add_argument("--version", action="version", version=f"mmfuse {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

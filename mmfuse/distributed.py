@@ -93,6 +93,8 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
 
 def find_differences(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that ranks hold differently, by the sums of their bits; all ranks must call."""
+    if world_size() == 1 or not tensors:
+        return []
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [x.detach().view(whole[x.element_size()]).sum(dtype=torch.int64) for x in tensors.values()]
     by_rank = gather_rows(torch.stack(sums)[None], global_rows=world_size())

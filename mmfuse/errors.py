@@ -44,6 +44,12 @@ class LaunchError(MmfuseError):
     exit_code = 5
 
 
+class Stopped(MmfuseError):
+    """Training was asked to stop, or hung; started again, it goes on. The code is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
+
+
 class TrainingError(MmfuseError):
     """Training cannot go on: the loss is not finite, or ranks have drifted apart."""
 

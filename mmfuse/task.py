@@ -40,6 +40,15 @@ class Task(nn.Module):
         inputs = StepInputs(self.model, batch, self.model.encode(batch), None)
         return {name: objective.represent(inputs) for name, objective in self.comparisons.items()}
 
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        """What evaluation scores, `(B, E)` each: the modalities' embeddings by name and, where it is trained, by
+        `without NAME` the fusion of a complete sample's others."""
+        encoded = self.model.encode(batch)
+        if not self.trains_fused_embedding:
+            return encoded.embeddings
+        mixed = self.model.embed_without_each(encoded.token_batch, batch.present.all(1))
+        return encoded.embeddings | {f"without {name}": rows for name, rows in mixed.items()}
+
     def forward(self, batch: Batch, seen: Mapping[str, Seen] | None = None) -> StepOutput:
         """The batch's loss, or the step's where comparisons have `seen` other micro-batches; whose gradient is this
         batch's part."""

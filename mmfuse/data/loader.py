@@ -5,7 +5,7 @@ go through `accelerator.prepare`: that deals batches a second time (16 of 32 sam
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +92,7 @@ def load_batches(
     num_workers: int,
     prefetch_batches: int = 4,
     pin_memory: bool = False,
-) -> Iterable[Batch]:
+) -> Iterator[Batch]:
     """Batches in the order of the requests, whatever the number of workers.
 
     Raises:

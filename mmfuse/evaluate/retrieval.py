@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mmfuse.config import Settings
 from mmfuse.distributed import gather_rows, rank
 from mmfuse.log import hide_bar
-from mmfuse.model.model import FusionModel
+from mmfuse.task import Task
 from mmfuse.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -57,36 +57,23 @@ class EmbeddedSet(NamedTuple):
 
 @torch.no_grad()
 def embed_set(
-    model: FusionModel,
-    batches: Iterable[Batch],
-    *,
-    num_samples: int,
-    device: torch.device,
-    name: str,
-    fuses: bool = False,
+    task: Task, batches: Iterable[Batch], *, num_samples: int, device: torch.device, name: str
 ) -> EmbeddedSet:
-    """Embeds every sample once; all ranks take part and all get the result.
-
-    Args:
-        fuses: whether complete samples are also embedded without each of their modalities.
-    """
-    was_training = model.training
-    model.eval()
+    """Embeds every sample once; all ranks take part and all get the result."""
+    was_training = task.training
+    task.eval()
     parts: dict[str, list[Tensor]] = {}
     for batch in tqdm(batches, desc=f"evaluating {name}", unit="batch", leave=False, disable=hide_bar(rank())):
         batch = batch.to(device)
-        encoded = model.encode(batch)
-        columns = {**encoded.embeddings, "present": batch.present, "group": batch.group_id}
-        if fuses:
-            mixed = model.embed_without_each(encoded.token_batch, batch.present.all(1))
-            columns |= {f"without {name}": rows for name, rows in mixed.items()}
+        columns = {**task.embed(batch), "present": batch.present, "group": batch.group_id}
         for column, rows in columns.items():
             parts.setdefault(column, []).append(gather_rows(rows, global_rows=batch.global_rows).cpu())
-    model.train(was_training)
+    task.train(was_training)
     whole = {column: torch.cat(rows)[:num_samples] for column, rows in parts.items()}
-    present = {modality: whole["present"][:, i] for i, modality in enumerate(model.modalities)}
-    without = {m: whole[f"without {m}"] for m in model.modalities} if fuses else {}
-    return EmbeddedSet({m: whole[m] for m in model.modalities}, present, whole["group"], without)
+    modalities = task.model.modalities
+    present = {modality: whole["present"][:, i] for i, modality in enumerate(modalities)}
+    without = {m: whole[f"without {m}"] for m in modalities if f"without {m}" in whole}
+    return EmbeddedSet({m: whole[m] for m in modalities}, present, whole["group"], without)
 
 
 def evaluate_retrieval(embedded: EmbeddedSet, config: EvaluationConfig) -> dict[str, Any]:

@@ -95,22 +95,12 @@ class Config(NamedModelConfig):
 
     def build_encoder(self) -> Encoder:
         if self.encoder == "vit":
-            return VitAudioEncoder(
-                self._build_vit(),
-                num_mel_bins=self.num_mel_bins,
-                pooling=self.pooling,
-                gradient_checkpointing=self.gradient_checkpointing,
-            )
+            return VitAudioEncoder(self._build_vit(), num_mel_bins=self.num_mel_bins, pooling=self.pooling)
         shape = self._read_shape()
         if isinstance(shape, WhisperConfig):
-            model = build_whisper(shape, pretrained=self.pretrained)
-            encoder = WhisperAudioEncoder(model, token_stride=self.token_stride)
-        else:
-            model = build_ast(shape, pretrained=self.pretrained)
-            encoder = AstEncoder(model, pooling=self.pooling)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return encoder
+            whisper = build_whisper(shape, pretrained=self.pretrained)
+            return WhisperAudioEncoder(whisper, token_stride=self.token_stride)
+        return AstEncoder(build_ast(shape, pretrained=self.pretrained), pooling=self.pooling)
 
     def build_spectrum(self) -> FilterBank | WhisperSpectrum:
         """Waveforms -> what the encoder reads.

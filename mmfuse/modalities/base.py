@@ -107,8 +107,6 @@ class ModalityConfig(Settings, ABC):
 
     pooling: Literal["cls", "mean"] = "mean"
     """The pooled vector: the encoder's class token, or the mean over its real tokens."""
-    gradient_checkpointing: bool = False
-    """Keep each layer's input alone and compute the rest again in backward: far less memory, a third more time."""
     frozen_layers: NonNegativeInt | Literal["all"] = 0
     """How many of the encoder's first layers keep their weights, with all that is before them."""
     lora: LoraConfig | None = None

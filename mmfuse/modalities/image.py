@@ -105,8 +105,6 @@ class Config(ModalityConfig):
         )
         if self.pooling == "cls" and not has_class_token(vit):
             raise ConfigError(f"image.pooling = cls: {self.architecture} has no class token; set it to mean")
-        if self.gradient_checkpointing:
-            vit.set_grad_checkpointing()
         return vit
 
     def build_shape(self) -> PictureShape:

@@ -149,8 +149,6 @@ class TextEncoder(Encoder):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.bert = _build_transformer(config)
-        if config.gradient_checkpointing:
-            self.bert.gradient_checkpointing_enable({"use_reentrant": False})
         self.width = self.bert.config.hidden_size
         self.pooling = config.pooling
         self.knows_segments = getattr(self.bert.config, "type_vocab_size", 0) > 1  # RoBERTa, DistilBERT, ... do not

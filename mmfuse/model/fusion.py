@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmfuse.config import Settings
 from mmfuse.modalities.base import masked_mean
@@ -40,8 +39,6 @@ class FusionConfig(Settings):
     num_layers: PositiveInt = 2
     num_heads: PositiveInt = 4
     """Of attention."""
-    gradient_checkpointing: bool = False
-    """Of attention: as an encoder's."""
     num_bottlenecks: PositiveInt = 4
     """Learned tokens of a sample with the variant `bottleneck`."""
     mlp_ratio: PositiveInt = 4
@@ -109,7 +106,7 @@ class Fusion(nn.Module):
     def __init__(self, config: FusionConfig, *, modalities: tuple[str, ...], width: int) -> None:
         super().__init__()
         self.modalities = modalities
-        self.views, self.gradient_checkpointing = make_views(config.variant, modalities), config.gradient_checkpointing
+        self.views = make_views(config.variant, modalities)
         self.modality_embedding = nn.Parameter(torch.randn(len(modalities), width) * 0.02)
         self.bottleneck: nn.Parameter | None = None
         if config.variant == "bottleneck":
@@ -132,8 +129,7 @@ class Fusion(nn.Module):
             asking = _add_bottleneck(asking, self.bottleneck)
         x_ND, packing = pack(asking, self.views)
         for block in self.blocks:
-            again = self.gradient_checkpointing and self.training
-            x_ND = checkpoint(block, x_ND, packing, use_reentrant=False) if again else block(x_ND, packing)
+            x_ND = block(x_ND, packing)
         unpacked = unpack(self.norm(x_ND), packing)
         tokens = {name: unpacked[name] for name in self.modalities}
         return tokens, pool_modalities(tokens, batch)

@@ -98,6 +98,13 @@ class FusionModel(nn.Module):
             self.fusion = joins(config.fusion, modalities=self.modalities, width=config.width)
             self.fused_head = nn.Linear(config.width, config.embedding_dim, bias=False)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated ones of all encoders and of the fusion: what engines shard and `model/blocks.py` changes."""
+        encoders = [encoder for encoder in self.encoders.values() if isinstance(encoder, Encoder)]
+        fused = self.fusion.blocks if isinstance(self.fusion, Fusion) else ()
+        return [*(layer for encoder in encoders for layer in encoder.layers()), *fused]
+
     def encode(self, batch: Batch) -> Encoded:
         """Every modality's tokens and embeddings; each encoder runs once, also where the batch lacks its modality."""
         tokens, masks, rows, embeddings = {}, {}, {}, {}

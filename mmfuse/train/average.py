@@ -4,13 +4,13 @@ Each rank averages the fp32 weights that its optimizer updates: whole parameters
 So nothing travels in a step, and the memory is partitioned as the engine's own is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from mmfuse.train.engines.base import Engine
+from mmfuse.train.engines.base import Engine, ReadPart
 
 _SWAPPED_AT_ONCE = 1 << 22
 """Numbers of a flat tensor, or rows of a matrix."""
@@ -29,7 +29,7 @@ class WeightAverage:
         """After step `step`, 0-based; the first ones count for more, that the average may forget the random start."""
         if self.decay:
             decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.tensors, self.engine.master_weights(), 1 - decay)  # type: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(self.tensors, self.engine.masters(), 1 - decay)  # type: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -40,25 +40,22 @@ class WeightAverage:
         if self.decay:
             self._swap()
 
-    def load(self, average: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Goes on with an average by parameter name; `weights` are what the engine has and keeps.
-
-        Both are whole on all ranks.
-        """
+    def begin(self, read: ReadPart | None) -> None:
+        """Goes on with a stored average, or begins again with the weights of now."""
         if self.decay:
-            self.engine.import_weights(average)
             self.tensors = self._copies()
-            self.engine.import_weights(weights)
+        if self.decay and read:
+            self.engine.fill(self.tensors, read)
 
     def _copies(self) -> list[Tensor]:
-        return [weight.detach().clone() for weight in self.engine.master_weights()]
+        return [weight.detach().clone() for weight in self.engine.masters()]
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for mine, master in zip(self.tensors, self.engine.master_weights(), strict=True):
+        for mine, master in zip(self.tensors, self.engine.masters(), strict=True):
             # In parts: under ZeRO one tensor may be all that this rank holds.
             for part, other in zip(mine.split(_SWAPPED_AT_ONCE), master.detach().split(_SWAPPED_AT_ONCE), strict=True):
                 kept = other.clone()
                 other.copy_(part)
                 part.copy_(kept)
-        self.engine.publish_weights()
+        self.engine.publish_masters()

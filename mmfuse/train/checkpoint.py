@@ -1,5 +1,5 @@
-"""Portable checkpoints: whole fp32 weights and Adam moments by parameter name, so that any engine on any number of
-ranks continues from any other's. Complete or not there: a manifest is written last, then the folder gets its name."""
+"""Portable checkpoints: fp32 weights and Adam moments by parameter name, so that any engine on any number of ranks
+continues from any other's. Complete or not there: a manifest is written last, then the folder gets its name."""
 
 import hashlib
 import json
@@ -8,17 +8,15 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmfuse.errors import CheckpointError, ConfigError
 from mmfuse.model.model import ModelConfig
-from mmfuse.train.engines.base import MOMENTS, PortableState
+from mmfuse.train.engines.base import MODEL
 from mmfuse.train.run import RunConfig, load_run
+from mmfuse.train.state_files import StoredState
 
 logger = logging.getLogger(__name__)
 
@@ -29,41 +27,69 @@ MODALITIES = "modalities"
 MANIFEST, STATE, RUN = "manifest.json", "state.json", "run.yaml"
 _IN_FILES = (".tokenizer", ".pretrained", ".architecture")
 _PREFIX, _TEMPORARY = "step_", ".tmp"
-_AVERAGE = "ema"
+AVERAGE = "ema"
+"""The kind of the moving average of the weights."""
+Fingerprints = dict[str, dict[str, Any]]
+"""Size and checksum of files, by their path within a checkpoint."""
 
 
-def save_checkpoint(
-    root: Path, *, step: int, state: PortableState, facts: dict[str, Any], run_yaml: str, modalities: Path, keep: int
-) -> Path:
-    """Writes `root/step_NNNNNNNN` and removes the oldest beyond `keep`. Rank 0 only.
+class Keep(NamedTuple):
+    """Which checkpoints of a run are not removed."""
+
+    newest: int
+    """So many."""
+    multiples_of: int | None
+    """And every one whose step is a multiple of this."""
+
+
+def begin_checkpoint(root: Path, step: int) -> Path:
+    """The temporary folder into which every rank writes its part of the checkpoint of `step`."""
+    temporary = root / f"{_PREFIX}{step:08d}{_TEMPORARY}"
+    temporary.mkdir(parents=True, exist_ok=True)
+    return temporary
+
+
+def remove_unfinished(root: Path) -> None:
+    """Removes what a run left that was killed while it wrote."""
+    for leftover in root.glob(f"{_PREFIX}*{_TEMPORARY}"):
+        shutil.rmtree(leftover)
+
+
+def publish_checkpoint(temporary: Path, written: Fingerprints, *, facts: dict[str, Any], keep: Keep) -> Path:
+    """Completes what all ranks wrote and gives it its name; removes what need not be kept. Rank 0 only.
 
     Args:
-        modalities: the folder of `ModelConfig.save_files`; with its copy a checkpoint alone is the whole model.
+        written: of the files of all ranks.
+    Raises:
+        CheckpointError: files that other ranks wrote are not here.
     """
-    final = root / f"{_PREFIX}{step:08d}"
-    temporary = root / (final.name + _TEMPORARY)
-    for leftover in root.glob(f"{_PREFIX}*{_TEMPORARY}"):  # of a run that was killed while it wrote
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    for kind, tensors in state.items():
-        save_file(tensors, temporary / f"{kind}.safetensors")
-    (temporary / STATE).write_text(json.dumps({"step": step, **facts}, indent=1))
-    (temporary / RUN).write_text(run_yaml)
-    shutil.copytree(modalities, temporary / MODALITIES)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    fingerprints = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(fingerprints, indent=1))
-    for path in (*temporary.rglob("*"), temporary):
+    for name, fingerprint in written.items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
+            raise CheckpointError(f"{path}: written by another rank, but not seen here: nodes must share output_dir")
+    (temporary / STATE).write_text(json.dumps(facts, indent=1))
+    added = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+    added = [path for path in added if path.relative_to(temporary).as_posix() not in written]
+    manifest = written | {path.relative_to(temporary).as_posix(): store_file(path) for path in added}
+    (temporary / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=1))
+    for path in (temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
         _sync(path)
+    final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    _sync(root)
-    for folder in root.glob(f"{_PREFIX}*[0-9]"):
-        if folder.name > final.name:  # damaged, or resume would have gone on from there
-            shutil.rmtree(folder)
-    for old in complete_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+    _sync(final.parent)
+    _remove_others(final, keep)
     return final
+
+
+def _remove_others(newest: Path, keep: Keep) -> None:
+    root = newest.parent
+    for folder in root.glob(f"{_PREFIX}*[0-9]"):
+        if folder.name > newest.name:  # damaged, or resume would have gone on from there
+            shutil.rmtree(folder)
+    for old in complete_checkpoints(root)[: -keep.newest]:
+        if not (keep.multiples_of and int(old.name.removeprefix(_PREFIX)) % keep.multiples_of == 0):
+            shutil.rmtree(old)
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
@@ -146,35 +172,26 @@ def load_weights(task: nn.Module, folder: Path, *, averaged: bool = False) -> No
     Raises:
         CheckpointError: damaged, or the weights of another model; names the first differences.
     """
-    averaged = averaged and _AVERAGE in _kinds(folder)
+    stored = StoredState(folder)
+    averaged = averaged and AVERAGE in stored.kinds
     if averaged:
         logger.info("%s: taking the moving average of the weights", folder)
-    stored = _load(folder, _AVERAGE if averaged else "model")
+    kind = AVERAGE if averaged else MODEL
+    weights = stored.whole(MODEL) | (stored.whole(kind) if averaged else {})
     ours = task.state_dict()
-    wrong = [name for name in ours if name not in stored or stored[name].shape != ours[name].shape]
-    wrong += sorted(name for name in stored if name not in ours)
+    wrong = [name for name in ours if name not in weights or weights[name].shape != ours[name].shape]
+    wrong += sorted(name for name in weights if name not in ours)
     if wrong:
         raise CheckpointError(
             f"{folder}: holds another model; {len(wrong)} weights differ, such as {', '.join(wrong[:3])}"
         )
-    task.load_state_dict(stored)
+    task.load_state_dict(weights)
 
 
-def load_portable_state(folder: Path) -> PortableState:
-    """All tensors of a checkpoint, on the CPU."""
-    return {kind: _load(folder, kind) for kind in _kinds(folder)}
-
-
-def _kinds(folder: Path) -> tuple[str, ...]:
-    """Of tensors that a checkpoint holds."""
-    return ("model", *MOMENTS, *([_AVERAGE] if (folder / f"{_AVERAGE}.safetensors").is_file() else []))
-
-
-def _load(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(folder / f"{kind}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: {kind}.safetensors is not readable: {error}") from error
+def store_file(path: Path) -> dict[str, Any]:
+    """Makes sure that a file is on the disk; gives its fingerprint."""
+    _sync(path)
+    return _fingerprint(path)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run's training data: its sources, their plan, and this rank's batches from any step on."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from mmfuse.train.metrics import MetricsWriter
 from mmfuse.train.prefetch import node_cache, prefetching
 from mmfuse.train.rank_lines import RankLines
 from mmfuse.train.run import RunConfig
+from mmfuse.train.watchdog import Watchdog
 from mmfuse.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class TrainingData:
         start: int,
         engine: Engine,
         metrics: MetricsWriter,
+        watchdog: Watchdog,
         beside: Mapping[str, int] | None = None,
     ) -> Iterator[Batch]:
         """This rank's micro-batches from step `start` to the end of the run, on its device.
@@ -92,8 +95,12 @@ class TrainingData:
         with prefetching(
             run.data.cache, self.sources, uses, run_folder=run.folder, purpose="train", beside=beside
         ) as report:
-            since = time.perf_counter()
-            for number, batch in enumerate(batches, start=1):
+            for number in itertools.count(1):
+                since = time.perf_counter()
+                with watchdog.phase("data"):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 metrics.count_wait(time.perf_counter() - since)
                 is_last = number % run.train.accumulation == 0
                 report(batch.step if is_last else batch.step - 1)
@@ -101,7 +108,6 @@ class TrainingData:
                 quarantine.add(batch)
                 metrics.count_sources(list(quarantine.counts().values()))
                 yield batch.to(engine.device)
-                since = time.perf_counter()
 
     def _uses(self, start: int, world_size: int, ranks: list[int]) -> Callable[[], Iterator[ShardUse]]:
         """What these ranks read from step `start` on."""

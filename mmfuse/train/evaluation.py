@@ -46,6 +46,8 @@ class Evaluator:
         self.config, self.num_workers = run.evaluation, run.data.num_workers
         modalities = tuple(run.model.modalities)
         self._cache, self._folder = run.data.cache, folder or run.folder
+        self.on_batch: Callable[[], None] = lambda: None
+        """Called for every batch: evaluation is slow, and must not be taken for a hang."""
         self.sources = {
             name: open_source(config, modalities=modalities, cache=self._node_cache(name))
             for name, config in run.data.validation.items()
@@ -55,10 +57,9 @@ class Evaluator:
     def evaluate(self, task: Task, device: torch.device) -> Results:
         """Scores of every set; all ranks must call."""
         results = {}
-        fuses = task.trains_fused_embedding
         for name, source in self.sources.items():
             batches = self._batches(name, source)
-            embedded = embed_set(task.model, batches, num_samples=len(source), device=device, name=name, fuses=fuses)
+            embedded = embed_set(task, batches, num_samples=len(source), device=device, name=name)
             results[name] = evaluate_retrieval(embedded, self.config)
         return results
 
@@ -89,6 +90,7 @@ class Evaluator:
         with prefetching(self._cache, [source], uses, run_folder=self._folder, purpose=_purpose(name)) as report:
             for batch in batches:
                 report(batch.step)
+                self.on_batch()
                 faults += batch.faults
                 yield batch
         if faults:

@@ -31,7 +31,9 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, start: int, stop: int, device: torch.device, sources: list[str]) -> None:
         self.path, self.device = folder / "metrics.jsonl", device
         self._sums: dict[str, Tensor] = {}
+        self._step_sums: dict[str, Tensor] = {}
         self._steps = 0
+        self._skips = SkippedSteps(device)
         self._waited = 0.0
         self._sources, self._counts = sources, [SourceCounts(0, 0, 0)] * len(sources)
         self._before = [SourceCounts(0, 0, 0)] * len(sources)
@@ -55,7 +57,7 @@ class MetricsWriter:
         """One micro-step; `share` is its part of the step."""
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
             value = value.float() * share
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._step_sums[name] = self._step_sums[name] + value if name in self._step_sums else value
         if len(self._sources) > 1:
             self._add_by_source(output, batch)
 
@@ -63,12 +65,20 @@ class MetricsWriter:
         """What this rank met in each source since the run was started."""
         self._counts = counts
 
-    def end_step(self) -> None:
+    def end_step(self, grad_norm: Tensor) -> None:
+        """All micro-steps were added. Losses of a step that was skipped are in no mean."""
+        kept = self._skips.add(grad_norm)
+        for name, value in self._step_sums.items():
+            value = torch.where(kept, value, 0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._step_sums = {}
         self._steps += 1
         self._bar.update()
 
     def write(self, step: int, *, rows: int, facts: dict[str, Any]) -> dict[str, float]:
         """Means since the last call, over steps and ranks, with rates and memory; the same on every rank.
+
+        Means over steps that were not skipped: NaN where all of them were.
 
         Args:
             step: steps done so far.
@@ -76,7 +86,9 @@ class MetricsWriter:
             facts: more numbers of this moment, tensors or floats.
         """
         names = list(self._sums)
-        means = sum_over_ranks(torch.stack([self._sums[name] for name in names])) / (world_size() * self._steps)
+        skipped, total, in_a_row = self._skips.read()
+        kept_steps = torch.tensor(self._steps - skipped)  # a tensor: 0 / 0 is NaN
+        means = sum_over_ranks(torch.stack([self._sums[name] for name in names])).cpu() / (world_size() * kept_steps)
         seconds = time.perf_counter() - self._since
         numbers = dict(zip(names, means.tolist(), strict=True)) | {name: float(value) for name, value in facts.items()}
         numbers |= {
@@ -84,6 +96,8 @@ class MetricsWriter:
             "step_seconds": seconds / self._steps,
             "data_wait_seconds": self._waited / self._steps,
             "memory_gib": _peak_memory_gib(self.device),
+            "skipped_steps": total,
+            "skipped_in_a_row": in_a_row,
         }
         numbers |= self._count_sources() | self._mean_by_source()
         if rank() == 0:
@@ -149,6 +163,28 @@ class MetricsWriter:
             numbers["grad_norm"],
             numbers["memory_gib"],
         )
+
+
+class SkippedSteps:
+    """Counts on the device, so that no step waits for its count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._since_read, self._total, self._now, self._longest = torch.zeros(4, dtype=torch.int64, device=device)
+
+    def add(self, grad_norm: Tensor) -> Tensor:
+        """One step, skipped where the norm is not finite; whether it was kept, bool `()`."""
+        kept = torch.isfinite(grad_norm)
+        skipped = (~kept).to(self._total.device, torch.int64)
+        self._since_read, self._total = self._since_read + skipped, self._total + skipped
+        self._now = (self._now + 1) * skipped
+        self._longest = torch.maximum(self._longest, self._now)
+        return kept.to(self._total.device)
+
+    def read(self) -> tuple[int, int, int]:
+        """Since the last call and in all, and the most of them in a row since the last call."""
+        numbers = torch.stack([self._since_read, self._total, self._longest]).tolist()
+        self._since_read, self._longest = torch.zeros_like(self._total), self._now
+        return numbers[0], numbers[1], numbers[2]
 
 
 def _count_names(source: str) -> list[str]:

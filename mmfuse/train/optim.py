@@ -68,6 +68,7 @@ def build_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
+        fused=True,  # which can be told on the device to skip a step; see `engines/ddp.py`
     )
 
 

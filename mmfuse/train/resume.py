@@ -1,37 +1,37 @@
-"""Saves a run, and finds the place to go on from."""
+"""Finds the place to go on from, and goes on."""
 
 import json
 import logging
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmfuse.data.blend import WeightSegment
-from mmfuse.data.plan import DataPlan
-from mmfuse.distributed import barrier, find_differences, first_rank_decides
-from mmfuse.errors import CheckpointError, ConfigError, TrainingError
+from mmfuse.distributed import first_rank_decides
+from mmfuse.errors import CheckpointError, ConfigError
+from mmfuse.modalities.base import Encoder
+from mmfuse.model.blocks import checkpoint_activations, compile_blocks
 from mmfuse.model.model import ModelConfig
 from mmfuse.task import Task
 from mmfuse.train.average import WeightAverage
 from mmfuse.train.checkpoint import (
+    AVERAGE,
     CHECKPOINTS,
     MODALITIES,
     RUN,
     complete_checkpoints,
-    load_portable_state,
     load_weights,
     read_facts,
-    save_checkpoint,
+    remove_unfinished,
     verify_checkpoint,
 )
 from mmfuse.train.data import TrainingData
-from mmfuse.train.engines.base import Engine
-from mmfuse.train.environment import describe_environment
+from mmfuse.train.engines.base import MODEL, MOMENTS, Engine
 from mmfuse.train.optim import build_optimizer
-from mmfuse.train.run import RunConfig, changed_settings, load_run
+from mmfuse.train.run import RunConfig, TrainConfig, changed_settings, load_run
+from mmfuse.train.state_files import StoredState
 
 logger = logging.getLogger(__name__)
 
@@ -48,62 +48,52 @@ def start_or_resume(
     """
     if checkpoint:
         load_weights(task, checkpoint)  # before wrapping: low-precision copies are made there
+    prepare_blocks(task, run.train)
     rows = math.ceil(run.train.global_batch / run.train.accumulation / engine.world_size)
     optimizer = build_optimizer(task, run.optimizer)
     engine.wrap(task, optimizer, clip_norm=run.optimizer.clip_norm, rank_rows=rows)
+    average = WeightAverage(engine, run.train.ema_decay)
     if not checkpoint:
-        return 0, WeightAverage(engine, run.train.ema_decay)
-    facts, state = read_facts(checkpoint), load_portable_state(checkpoint)
-    if "ema" in state and not run.train.ema_decay:
+        return 0, average
+    facts, stored = read_facts(checkpoint), StoredState(checkpoint)
+    if AVERAGE in stored.kinds and not run.train.ema_decay:
         raise CheckpointError(
             f"{checkpoint} holds a moving average of the weights, which would be lost: set train.ema_decay, or choose "
             "another output_dir"
         )
-    engine.import_moments(state, facts["adam_steps"])
-    average = WeightAverage(engine, run.train.ema_decay)
-    if "ema" in state:
-        average.load(state["ema"], state["model"])
+    _fill_engine(engine, stored, adam_steps=facts["adam_steps"])
+    average.begin(partial(stored.read, AVERAGE) if AVERAGE in stored.kinds else None)
     logger.info("resumed from %s, written by %s", checkpoint, facts["written_by"])
     data.use_segments([WeightSegment(start, tuple(w)) for start, w in facts["weights"]], start=int(facts["step"]))
     return int(facts["step"]), average
 
 
-def save(run: RunConfig, engine: Engine, plan: DataPlan, average: WeightAverage, *, step: int) -> None:
-    """Writes the checkpoint of `step`; all ranks must call.
+def prepare_blocks(task: Task, config: TrainConfig) -> None:
+    """What the run wants of the model's blocks, before an engine wraps them.
 
     Raises:
-        TrainingError: ranks whose weights should be the same have different ones.
+        ConfigError: an encoder has no blocks that are known.
     """
-    weights = dict(engine.task.named_parameters())  # under ZeRO-3 in parts, of which there is nothing to compare
-    if wrong := find_differences(weights):
-        raise TrainingError(
-            f"ranks have different weights at step {step}, such as {wrong[0]} ({len(wrong)} of them); the newest "
-            "checkpoint is from before. Different GPUs or CPUs among the ranks, bad memory, or code that changes "
-            "weights on one rank alone may be the cause"
-        )
-    state, adam_steps = engine.export_moments()
-    state["model"] = engine.export_weights()
-    if average.decay:
-        with average.in_place():
-            state["ema"] = engine.export_weights()
-    if engine.rank == 0:
-        facts = {
-            "adam_steps": adam_steps,
-            "plan": plan.identity(),
-            "weights": plan.segments,
-            "written_by": f"{engine.name} on {engine.world_size} ranks",
-            "environment": describe_environment(engine.name),
-        }
-        save_checkpoint(
-            run.folder / CHECKPOINTS,
-            step=step,
-            state=state,
-            facts=facts,
-            run_yaml=yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False),
-            modalities=run.folder / MODALITIES,
-            keep=run.train.keep_checkpoints,
-        )
-    barrier()
+    if not (config.activation_checkpointing or config.compile_blocks):
+        return
+    for name, encoder in task.model.encoders.items():
+        if isinstance(encoder, Encoder) and not encoder.layers():
+            raise ConfigError(
+                f"train.activation_checkpointing and train.compile_blocks: no layers are known of the {name} encoder"
+            )
+    if config.activation_checkpointing:
+        checkpoint_activations(task.model.blocks)
+    if config.compile_blocks:
+        compile_blocks(task.model.blocks)
+
+
+def _fill_engine(engine: Engine, stored: StoredState, *, adam_steps: int) -> None:
+    engine.fill(engine.masters(), partial(stored.read, MODEL))
+    moments = engine.moments()
+    for kind in MOMENTS:
+        engine.fill([moment[kind] for moment in moments], partial(stored.read, kind))
+    engine.adam_steps = adam_steps
+    engine.publish_masters()
 
 
 def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
@@ -116,6 +106,7 @@ def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
     """
 
     def find() -> Path | None:
+        remove_unfinished(run.folder / CHECKPOINTS)
         candidates = reversed(complete_checkpoints(run.folder / CHECKPOINTS))
         return next((folder for folder in candidates if _is_undamaged(folder)), None)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mmfuse.config import (
     PluginSettings,
@@ -56,11 +56,21 @@ class TrainConfig(Settings):
     them, at the price of one forward more; other objectives are normalised by each one's counts, `next_sentence` draws
     within each, and the step takes their mean."""
     precision: Precision = "fp32"
+    """bf16 and fp16 keep weights of the optimizer in fp32; fp16, with loss scaling, on GPUs only."""
+    activation_checkpointing: bool = False
+    """Keep each block's inputs alone and compute the rest again in backward: far less memory, a third more time."""
+    compile_blocks: bool = False
+    """Let `torch.compile` make one kernel of many in each block; the first steps take minutes."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
     checkpoint_every: PositiveInt = 100
     """Steps between two checkpoints; the last step always makes one."""
+    checkpoint_in_background: bool = True
+    """Let the step wait only until the state is copied to the host's memory; false: until it is written."""
     keep_checkpoints: PositiveInt = 2
+    """The newest so many."""
+    keep_every: PositiveInt | None = None
+    """Keep also every checkpoint whose step is a multiple of this, for good."""
     evaluate_every: NonNegativeInt = 0
     """Steps between two evaluations; 0: only before the first step and after the last."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
@@ -68,6 +78,11 @@ class TrainConfig(Settings):
     who load a checkpoint take it instead of the last weights. Null: no average."""
     record_samples: bool = False
     """Write the keys of every batch to `samples.rankN.jsonl`, for audits."""
+    max_skipped_steps: NonNegativeInt = 10
+    """A step whose gradient is NaN or infinite changes nothing; more than so many of them in a row end the run."""
+    hang_seconds: PositiveFloat = 1800
+    """Longest time without progress, such as one step, one evaluation batch, or one checkpoint; then the run ends with
+    exit code 75 and names the rank that the others wait for."""
 
 
 class RunConfig(Settings):

@@ -1,10 +1,10 @@
 """The training loop."""
 
 import logging
-import math
 from pathlib import Path
+from typing import NamedTuple
 
-from mmfuse.errors import TrainingError
+from mmfuse.errors import Stopped, TrainingError
 from mmfuse.hashing import hash_int
 from mmfuse.log import set_up_logging
 from mmfuse.task import Task
@@ -14,25 +14,49 @@ from mmfuse.train.checkpoint import stored_model
 from mmfuse.train.data import TrainingData, check_fed
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.engines.start import start_engine
+from mmfuse.train.engines.strategy import Asked
 from mmfuse.train.environment import write_environment
-from mmfuse.train.evaluation import Evaluator
+from mmfuse.train.evaluation import Evaluator, Results
 from mmfuse.train.metrics import MetricsWriter
 from mmfuse.train.optim import learning_rate_factor, set_learning_rate
-from mmfuse.train.resume import newest_checkpoint, save, start_or_resume, write_model_files
-from mmfuse.train.run import RunConfig
+from mmfuse.train.resume import newest_checkpoint, start_or_resume, write_model_files
+from mmfuse.train.run import RunConfig, TrainConfig
+from mmfuse.train.saver import CheckpointSaver
+from mmfuse.train.side_channel import open_store
+from mmfuse.train.stop import StopRequest
+from mmfuse.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+
+class Training(NamedTuple):
+    """What a run trains with, once it is ready to step."""
+
+    run: RunConfig
+    engine: Engine
+    task: Task
+    data: TrainingData
+    evaluator: Evaluator
+    average: WeightAverage
+    saver: CheckpointSaver
+    watchdog: Watchdog
 
 
 def train(run: RunConfig) -> Path:
     """Trains from the newest complete checkpoint, or from the start, and reports; returns the run's folder.
 
     Raises:
-        MmfuseError: what is wrong; after the first step only for a bad sample or a loss that is not finite.
+        Stopped: somebody asked for it; a checkpoint was written, and the run can go on from there.
+        MmfuseError: what is wrong; after the first step only for bad samples, losses that stay NaN or infinite, or a
+            last checkpoint that cannot be written.
     """
-    engine = start_engine(precision=run.train.precision, accumulation=run.train.accumulation)
+    limit = run.train.hang_seconds
+    engine = start_engine(
+        Asked(run.train.precision, run.train.accumulation, run.optimizer.clip_norm, timeout_seconds=2 * limit)
+    )
     set_up_logging(rank=engine.rank)
     run.check_world_size(engine.world_size)
+    stop, store = StopRequest(run.folder), open_store()
     data = TrainingData(run)
     checkpoint = newest_checkpoint(run, data.plan.identity())
     model = stored_model(run.model, checkpoint) if checkpoint else run.model
@@ -44,75 +68,98 @@ def train(run: RunConfig) -> Path:
     check_fed(run, data.sources)  # after the task, which knows better where the model lacks something
     _describe_start(run, engine, data, task)
 
+    shapes = {name: tuple(tensor.shape) for name, tensor in task.state_dict().items()}
     start, average = start_or_resume(run, engine, task, data, checkpoint)
     write_environment(run.folder, run, strategy=engine.name)
     write_model_files(run.folder, model)
     evaluator.forget_after(start, folder=run.folder)
+    watchdog = Watchdog(store, rank=engine.rank, world_size=engine.world_size, limit_seconds=limit, folder=run.folder)
+    evaluator.on_batch = watchdog.beat
+    saver = CheckpointSaver(run, engine, shapes, store)
+    training = Training(run, engine, task, data, evaluator, average, saver, watchdog)
     if start == 0:
-        evaluator.evaluate_step(task, engine.device, step=0, folder=run.folder)
-    fit(run, engine, task, data, evaluator, average, start=start)
-    with average.in_place():
-        results = evaluator.evaluate_step(task, engine.device, step=run.train.steps, folder=run.folder)
-    evaluator.report(results, run.folder)
+        evaluate(training, step=0)
+    done = fit(training, stop, start=start)
+    with watchdog.phase("end of the last checkpoint"):
+        saver.finish()
+    if done < run.train.steps:
+        stop.honour()
+        watchdog.close()
+        engine.close()
+        raise Stopped(f"stopped on request after step {done} of {run.train.steps}; started again, it goes on")
+    evaluator.report(evaluate(training, step=done), run.folder)
+    watchdog.close()
     engine.close()
     return run.folder
 
 
-def fit(
-    run: RunConfig,
-    engine: Engine,
-    task: Task,
-    data: TrainingData,
-    evaluator: Evaluator,
-    average: WeightAverage,
-    *,
-    start: int,
-) -> None:
-    """Steps `start` to the end of the run; all ranks in the same order."""
-    config, plan = run.train, data.plan
+def fit(training: Training, stop: StopRequest, *, start: int) -> int:
+    """Steps `start` to the end of the run, or to where it is asked to stop; returns how many are done.
+
+    All ranks do the same in the same order.
+    """
+    run, engine, task, data, evaluator, average, saver, watchdog = training
+    config = run.train
     sources = [source.name for source in data.sources]
     metrics = MetricsWriter(run.folder, start=start, stop=config.steps, device=engine.device, sources=sources)
     beside = evaluator.copies_at_a_time() if 0 < config.evaluate_every < config.steps else None
-    batches = data.batches(evaluator.processors, start=start, engine=engine, metrics=metrics, beside=beside)
+    batches = data.batches(
+        evaluator.processors, start=start, engine=engine, metrics=metrics, watchdog=watchdog, beside=beside
+    )
     task.train()
+    done = start
     for step in range(start, config.steps):
         rate = learning_rate_factor(step, config=run.optimizer, total_steps=config.steps)
         set_learning_rate(engine.optimizer, rate)  # before backward: DeepSpeed steps inside it
         seed = hash_int(run.seed, "dropout", step)
-        for batch, seen in micro_steps(engine, task.comparisons, batches, count=config.accumulation, seed=seed):
-            with engine.accumulate():
+        micro_batches = micro_steps(engine, task.comparisons, batches, count=config.accumulation, seed=seed)
+        for number, (batch, seen) in enumerate(micro_batches, start=1):
+            last_of_step = number == config.accumulation
+            with watchdog.phase("forward and backward", step=step), engine.accumulate(last=last_of_step):
                 output = engine.forward(batch, seen)
                 engine.backward(output.loss)
             metrics.add(output, batch, share=1 / config.accumulation)
-        grad_norm = engine.step()
+        with watchdog.phase("optimizer step", step=step):
+            grad_norm = engine.step()
         average.update(step)
-        metrics.end_step()
+        metrics.end_step(grad_norm)
 
-        done, last = step + 1, step + 1 == config.steps
-        saves = last or done % config.checkpoint_every == 0
+        done, last, stops = step + 1, step + 1 == config.steps, stop.agreed()
+        saves = last or stops or done % config.checkpoint_every == 0
         if saves or done % config.log_every == 0:
             facts = {"learning_rate": rate * run.optimizer.learning_rate, "grad_norm": grad_norm, **data.epochs(done)}
-            check_finite(metrics.write(done, rows=config.global_batch, facts=facts), step=done)
+            check_skipped(metrics.write(done, rows=config.global_batch, facts=facts), config, step=done)
         if config.evaluate_every and done % config.evaluate_every == 0 and not last:
-            with metrics.paused(), average.in_place():
-                evaluator.evaluate_step(task, engine.device, step=done, folder=run.folder)
-        if saves:
             with metrics.paused():
-                save(run, engine, plan, average, step=done)
+                evaluate(training, step=done)
+        if saves:
+            with metrics.paused(), watchdog.phase("checkpoint", step=step):
+                saver.save(data.plan, average, step=done)
+        if stops:
+            break
     metrics.close()
+    return done
 
 
-def check_finite(numbers: dict[str, float], *, step: int) -> None:
+def evaluate(training: Training, *, step: int) -> Results:
+    """Scores the average of the weights, where one is kept, and keeps the scores."""
+    with training.watchdog.phase("evaluation", step=step), training.average.in_place():
+        return training.evaluator.evaluate_step(
+            training.task, training.engine.device, step=step, folder=training.run.folder
+        )
+
+
+def check_skipped(numbers: dict[str, float], config: TrainConfig, *, step: int) -> None:
     """Stops all ranks, which have the same numbers.
 
     Raises:
-        TrainingError: the loss or the gradient is NaN or infinite.
+        TrainingError: too many steps in a row had a gradient that is NaN or infinite.
     """
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
-    if bad:
+    if numbers["skipped_in_a_row"] > config.max_skipped_steps:
         raise TrainingError(
-            f"{bad[0]} is {numbers[bad[0]]} at step {step}; the newest checkpoint is from before. Lower the learning "
-            "rate, raise optimizer.warmup_steps, or use precision fp32"
+            f"{numbers['skipped_in_a_row']:.0f} steps in a row, up to step {step}, were skipped for a gradient that is "
+            f"NaN or infinite (train.max_skipped_steps = {config.max_skipped_steps}); the weights are those of before. "
+            "Lower the learning rate, raise optimizer.warmup_steps, or use precision fp32"
         )
 
 

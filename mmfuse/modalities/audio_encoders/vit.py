@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmfuse.errors import ConfigError
 from mmfuse.modalities.audio_encoders.strips import StripEncoder
@@ -60,15 +59,12 @@ def build_vit(
 class VitAudioEncoder(StripEncoder):
     """The tokens of a ViT over the spectrum as a picture of one channel, frequency upwards."""
 
-    def __init__(
-        self, vit: VisionTransformer, *, num_mel_bins: int, pooling: str, gradient_checkpointing: bool
-    ) -> None:
+    def __init__(self, vit: VisionTransformer, *, num_mel_bins: int, pooling: str) -> None:
         super().__init__()
         if pooling == "cls" and not has_class_token(vit):
             raise ConfigError("audio.pooling = cls: this ViT has no class token; set it to mean")
         self.vit: Any = vit
         self.num_mel_bins, self.pooling = num_mel_bins, pooling
-        self.gradient_checkpointing = gradient_checkpointing
         self.width = int(vit.num_features)
         embed: Any = vit.patch_embed
         self.time_stride, (self.frequency_patches, self.time_patches) = int(embed.patch_size[1]), embed.grid_size
@@ -82,7 +78,7 @@ class VitAudioEncoder(StripEncoder):
         visible = torch.cat([mask.new_ones(len(mask), special), mask.repeat(1, self.frequency_patches)], dim=1)
         x_nND = self._embed(fbank.transpose(1, 2)[:, None])
         for block in self.vit.blocks:
-            x_nND = self._run(block, x_nND, visible[:, None, None])
+            x_nND = block(x_nND, attn_mask=visible[:, None, None])
         x_nND = self.vit.norm(x_nND)
         tokens = x_nND[:, special:].unflatten(1, (self.frequency_patches, -1)).mean(1)
         pooled = x_nND[:, 0] if self.pooling == "cls" else masked_mean(tokens, mask)
@@ -99,12 +95,6 @@ class VitAudioEncoder(StripEncoder):
         if marks and before.shape[1]:
             marks = [torch.cat(marks, dim=1) + before]
         return vit.norm_pre(torch.cat([*marks, placed.flatten(1, 2)], dim=1))
-
-    def _run(self, block: nn.Module, x_nND: Tensor, visible: Tensor) -> Tensor:
-        if self.gradient_checkpointing and self.training:
-            x_nND = checkpoint(block, x_nND, attn_mask=visible, use_reentrant=False)  # type: ignore[assignment]
-            return x_nND
-        return block(x_nND, attn_mask=visible)
 
     def layers(self) -> Sequence[nn.Module]:
         return list(self.vit.blocks)

@@ -1,6 +1,8 @@
 """Starts the engine that the launcher asked for, and checks that it is what started."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -8,32 +10,50 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType
 
 from mmfuse.errors import LaunchError
-from mmfuse.train.engines.base import Engine, Precision
+from mmfuse.train.engines.base import Engine
 from mmfuse.train.engines.ddp import DdpEngine
+from mmfuse.train.engines.strategy import Asked, check_strategy, runs_on_cpu, uses_deepspeed, uses_fsdp
 
-_TIMEOUT = timedelta(minutes=30)
 _LONG_TIMEOUT = timedelta(days=7)
 """Of ranks that work on their own: who is done waits for the slowest."""
 
 
-def start_engine(*, precision: Precision, accumulation: int) -> Engine:
+def start_engine(asked: Asked) -> Engine:
     """The engine that `accelerate launch` asked for.
 
     Raises:
+        ConfigError: the strategy contradicts the run.
         LaunchError: what started is not what was asked for. Three such failures are silent in the libraries.
     """
+    check_strategy(asked)
     _load_extension()
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=_backend(), timeout=_TIMEOUT)],
-    )
+    fsdp = uses_fsdp()
+    with _without("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):
+        accelerator = Accelerator(
+            mixed_precision="no" if fsdp or asked.precision == "fp32" else asked.precision,
+            gradient_accumulation_steps=asked.accumulation,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend=_backend(), timeout=timedelta(seconds=asked.timeout_seconds))
+            ],
+        )
     _check_launch(accelerator)
+    if fsdp:
+        from mmfuse.train.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(accelerator, precision=asked.precision)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from mmfuse.train.engines.deepspeed import DeepSpeedEngine  # its import alone takes seconds
 
-        return DeepSpeedEngine(accelerator, accumulation=accumulation)
+        return DeepSpeedEngine(accelerator, accumulation=asked.accumulation)
     return DdpEngine(accelerator)
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Hides variables from Accelerate: we do what they ask for."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    yield
+    os.environ.update(hidden)
 
 
 def join_ranks() -> torch.device:
@@ -56,28 +76,23 @@ def leave_ranks() -> None:
 
 def _backend() -> str | None:
     """Accelerate's own choice on GPUs. On CPU gloo by name: without it DeepSpeed sees a world of 1 on every rank."""
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
-    return "gloo" if on_cpu and "WORLD_SIZE" in os.environ else None
+    return "gloo" if runs_on_cpu() and "WORLD_SIZE" in os.environ else None
 
 
 def _load_extension() -> None:
-    if _uses_deepspeed():
+    if uses_deepspeed():
         from mmfuse.train.engines.extension import load_cpu_extension  # its import alone takes seconds
 
         load_cpu_extension()
-
-
-def _uses_deepspeed() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 def _check_launch(accelerator: Accelerator) -> None:
     """Compares what runs with what the launcher promised."""
     _check_number(accelerator.num_processes)
     kind = accelerator.distributed_type
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        raise LaunchError("FSDP is not supported yet; use launch/accelerate/ddp.yaml, zero2.yaml or zero3.yaml")
-    if _uses_deepspeed() and kind != DistributedType.DEEPSPEED:
+    if uses_fsdp() and "WORLD_SIZE" not in os.environ:
+        raise LaunchError("asked for fsdp2, but a single process was started; start with launch/train.sh fsdp2")
+    if uses_deepspeed() and kind != DistributedType.DEEPSPEED:
         raise LaunchError(f"asked for DeepSpeed, but Accelerate started {kind.value}")
 
 

@@ -1,0 +1,21 @@
+"""What passes between a run and the script that launched it: torchrun makes 1 of every exit code."""
+
+import os
+from pathlib import Path
+
+LAUNCH_FOLDER = "MMFUSE_LAUNCH_DIR"
+"""The variable with the folder of `launch/train.sh`; it writes `stop` there, and reads `outcome`."""
+
+
+def launch_folder() -> Path | None:
+    """None where the script did not start this process."""
+    folder = os.environ.get(LAUNCH_FOLDER)
+    return Path(folder) if folder else None
+
+
+def tell_launcher(exit_code: int) -> bool:
+    """Leaves the exit code for the script; says whether there is one to read it."""
+    folder = launch_folder()
+    if folder:
+        (folder / "outcome").write_text(str(exit_code))
+    return folder is not None
