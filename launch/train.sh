@@ -1,23 +1,32 @@
 #!/usr/bin/env bash
 # Starts this node's processes of a run: launch/train.sh STRATEGY RUN [--set NAME.NAME=VALUE ...]
 #
-# STRATEGY      a file in launch/accelerate: cpu, ddp, zero2, zero3
+# STRATEGY      a file in launch/accelerate: cpu, ddp, zero1, zero2, zero3, zero3_offload, fsdp2;
+#               or your own: a DeepSpeed FILE.json, or an Accelerate FILE.yaml
 # RUN           a YAML file or a shipped run; see `mmfuse train --help`
 #
 # Read from the environment, all optional:
 #   NUM_PROCESSES      processes over all machines (default: GPUs of all machines; without GPUs 2 a machine)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT      for more than one node
+#   MAX_RESTARTS       how often to start again, from the newest checkpoint, when a process dies (default 0)
 #   OMP_NUM_THREADS    CPU threads of each process (default 1)
+#
+# SIGTERM or SIGUSR1 to this script, or a file STOP in the run's folder: the run writes a checkpoint and stops.
+# Exit codes: those of `mmfuse` (see its --help); 75: stopped so, or hung; started again, it goes on.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 if [[ $# -lt 2 || $1 == -h || $1 == --help ]]; then usage; [[ ${1:-} == -h || ${1:-} == --help ]] && exit 0; exit 2; fi
 strategy=$1 run=$2
 shift 2
-config=$here/accelerate/$strategy.yaml
-if [[ ! -f $config ]]; then
+case $strategy in
+  *.json) config=(--config_file "$here/deepspeed_json.yaml" --deepspeed_config_file "$strategy") file=$strategy ;;
+  *.yaml) config=(--config_file "$strategy") file=$strategy ;;
+  *) file=$here/accelerate/$strategy.yaml config=(--config_file "$here/accelerate/$strategy.yaml") ;;
+esac
+if [[ ! -f $file ]]; then
   echo "train.sh: no strategy '$strategy'; there are: $(cd "$here/accelerate" && ls -- *.yaml | sed 's/\.yaml$//' | xargs)" >&2
   exit 2
 fi
@@ -37,7 +46,7 @@ else processes=${NUM_PROCESSES:-$((2 * machines))}; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false MMFUSE_NUM_PROCESSES=$processes
 if [[ $gpus -eq 0 ]]; then
   export CUDA_VISIBLE_DEVICES=
-  if [[ $strategy == zero* ]]; then
+  if [[ $file == *.json ]] || grep -q 'DEEPSPEED' "$file"; then
     export DS_ACCELERATOR=cpu
     if ! command -v g++ >/dev/null; then
       echo "train.sh: DeepSpeed on CPU compiles a small library once and needs g++; install it, or use the strategy ddp" >&2
@@ -51,5 +60,26 @@ fi
 rendezvous=(--num_machines "$machines" --machine_rank "${MACHINE_RANK:-0}" --num_processes "$processes")
 if [[ -n ${MAIN_PROCESS_IP:-} ]]; then rendezvous+=(--main_process_ip "$MAIN_PROCESS_IP"); fi
 rendezvous+=(--main_process_port "${MAIN_PROCESS_PORT:-$([[ $machines -gt 1 ]] && echo 29500 || echo 0)}")
+rendezvous+=(--max_restarts "${MAX_RESTARTS:-0}")
 
-exec accelerate launch --config_file "$config" "${rendezvous[@]}" -m mmfuse train "$run" "$@"
+# The launcher would kill everything 30 s after a SIGTERM. So it does not hear of it, and the run is asked by a file.
+MMFUSE_LAUNCH_DIR=$(mktemp -d)
+export MMFUSE_LAUNCH_DIR PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
+trap 'rm -rf "$MMFUSE_LAUNCH_DIR"' EXIT
+trap 'touch "$MMFUSE_LAUNCH_DIR/stop"' TERM USR1
+set -m   # a process group of its own, which Ctrl-C reaches through us
+(
+  trap '' TERM USR1
+  exec accelerate launch "${config[@]}" "${rendezvous[@]}" -m mmfuse train "$run" "$@"
+) &
+launcher=$!
+trap 'kill -INT -- "-$launcher"' INT HUP QUIT
+status=0
+wait "$launcher" || status=$?
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done   # a signal only ended the waiting
+wait "$launcher" 2>/dev/null && status=0 || status=$?
+if [[ -f $MMFUSE_LAUNCH_DIR/outcome ]]; then
+  outcome=$(<"$MMFUSE_LAUNCH_DIR/outcome")
+  if [[ $status -ne 0 || $outcome -eq 75 ]]; then status=$outcome; fi
+fi
+exit "$status"

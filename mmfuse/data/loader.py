@@ -5,6 +5,7 @@ go through `accelerator.prepare`: that deals batches a second time (16 of 32 sam
 """
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -123,3 +124,5 @@ def _unchanged(item: Batch | MmfuseError) -> Batch | MmfuseError:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # workers share the cores; their tensors are small
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a scheduler asks all processes to stop; the run decides when

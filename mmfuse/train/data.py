@@ -97,7 +97,7 @@ class TrainingData:
         ) as report:
             for number in itertools.count(1):
                 since = time.perf_counter()
-                with watchdog.phase("data"):
+                with watchdog.phase("data", step=start + (number - 1) // run.train.accumulation):
                     batch = next(batches, None)
                 if batch is None:
                     return

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -146,7 +147,8 @@ class MetricsWriter:
             self._tensorboard.close()
 
     def _write_line(self, step: int, numbers: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in numbers.items():
             self._tensorboard.add_scalar(name, value, step)
         terms = " ".join(

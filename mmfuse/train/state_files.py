@@ -65,7 +65,7 @@ class StoredState:
                 raise CheckpointError(f"{folder}: {path.name} is not readable: {error}") from error
         for kind, weights in self._pieces.items():
             for name, pieces in weights.items():
-                self._check_whole(kind, name, sorted(pieces))
+                self._check_whole(kind, name, sorted(pieces, key=lambda piece: (piece.start, piece.length)))
 
     def _add(self, path: Path) -> None:
         file = safe_open(path, "pt")
@@ -113,7 +113,9 @@ class StoredState:
     def _read_piece(self, name: str, piece: _Piece, first: int, end: int) -> Tensor:
         try:
             stored = piece.file.get_slice(name)
-            return stored[first:end] if len(stored.get_shape()) == 1 else stored[:].reshape(-1)[first:end]
+            if len(stored.get_shape()) == 1:
+                return stored[first:end]
+            return piece.file.get_tensor(name).reshape(-1)[first:end]  # a slice has no values of a scalar
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder}: {name} is not readable: {error}") from error
 

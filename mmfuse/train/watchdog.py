@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +34,10 @@ class Beat(NamedTuple):
     seconds: float
     """Since it entered its phase, or showed there that it goes on."""
     host: str
+    place: str
+    """The line that its main thread is at."""
+    exchanges: bool
+    """Whether that line waits for other ranks, as far as can be seen."""
     age: float = 0.0
     """Seconds since its watchdog wrote this."""
 
@@ -78,7 +84,7 @@ class Watchdog:
         interval = self._limit / _LOOKS_PER_LIMIT
         while not self._closed.wait(interval):
             waited = time.monotonic() - self._since
-            beat = Beat(self._number, self._step, self._phase, waited, socket.gethostname())
+            beat = Beat(self._number, self._step, self._phase, waited, socket.gethostname(), *_main_thread_place())
             try:
                 self._store.set(f"beat {self._rank}", json.dumps([*beat[:-1], time.time()]))
             except RuntimeError:  # rank 0, which keeps the store, is gone: the launcher knows
@@ -105,32 +111,49 @@ class Watchdog:
         for rank in range(self._world_size):
             beats[rank] = None
             if self._store.check([key := f"beat {rank}"]):
-                number, step, phase, seconds, host, written = json.loads(self._store.get(key))
-                beats[rank] = Beat(number, step, phase, seconds, host, time.time() - written)
+                *beat, written = json.loads(self._store.get(key))
+                beats[rank] = Beat(*beat, age=time.time() - written)
         return beats
 
 
-def describe_hang(beats: dict[int, Beat | None], limit_seconds: float) -> str:
-    """Who keeps the others waiting, and where each rank is; several hundred ranks as those that differ."""
+def describe_hang(beats: Mapping[int, Beat | None], limit_seconds: float) -> str:
+    """Who keeps the others waiting, and where each rank is; ranks at one place stand in one line."""
     silent = [rank for rank, beat in beats.items() if beat is None or beat.age > limit_seconds / 4]
     known = {rank: beat for rank, beat in beats.items() if beat is not None}
-    least = min((beat.number for rank, beat in known.items() if rank not in silent), default=0)
-    behind = [rank for rank, beat in known.items() if beat.number == least and rank not in silent]
+    heard = {rank: beat for rank, beat in known.items() if rank not in silent}
+    least = min((beat.number for beat in heard.values()), default=0)
+    behind = [rank for rank, beat in heard.items() if beat.number == least]
+    busy = [rank for rank, beat in heard.items() if not beat.exchanges]
     if silent:
         verdict = f"rank {_join(silent)} is silent: its process is stopped or its host is gone"
     elif len(behind) < len(beats):
         verdict = f"rank {_join(behind)} keeps the others waiting, in: {known[behind[0]].phase}"
+    elif len(busy) < len(beats) and busy:
+        verdict = f"rank {_join(busy)} keeps the others waiting, in: {known[busy[0]].phase}, {known[busy[0]].place}"
     else:
         verdict = f"all ranks are in the same phase ({known[behind[0]].phase}): the network, or a collective, hangs"
-    places: dict[tuple[int, str], list[int]] = {}
+    places: dict[tuple[int, str, str], list[int]] = {}
     for rank, beat in known.items():
-        places.setdefault((beat.step, beat.phase), []).append(rank)
+        places.setdefault((beat.step, beat.phase, beat.place), []).append(rank)
     lines = [
-        f"  step {step}, {phase}: rank {_join(ranks)} on {known[ranks[0]].host}, for {known[ranks[0]].seconds:.0f} s"
-        for (step, phase), ranks in sorted(places.items())
+        f"  rank {_join(ranks)} (on {known[ranks[0]].host}): step {step}, {phase}, at {place}, "
+        f"for {known[ranks[0]].seconds:.0f} s"
+        for (step, phase, place), ranks in sorted(places.items())
     ]
     head = f"no progress for {limit_seconds:.0f} s (train.hang_seconds), ending. {verdict}"
     return "\n".join([head, *lines])
+
+
+def _main_thread_place() -> tuple[str, bool]:
+    """Its innermost line of Python, and whether that is in torch's exchanges between ranks or its backward."""
+    identity = threading.main_thread().ident
+    frame = sys._current_frames().get(identity) if identity else None
+    innermost = [*traceback.extract_stack(frame)][-2:] if frame else []
+    if not innermost:
+        return "unknown", False
+    exchanges = any("torch/distributed/" in line.filename or "run_backward" in line.name for line in innermost)
+    last = innermost[-1]
+    return f"{'/'.join(Path(last.filename).parts[-3:])}:{last.lineno} ({last.name})", exchanges
 
 
 def _join(ranks: list[int]) -> str:

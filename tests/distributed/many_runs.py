@@ -1,6 +1,6 @@
 """Several runs one after the other in the processes of one launch: imports, which take longest, happen once.
 
-    accelerate launch ... many_runs.py RUN FOLDER '{"NAME": ["setting=value", ...], ...}'
+accelerate launch ... many_runs.py RUN FOLDER '{"NAME": ["setting=value", ...], ...}'
 """
 
 import gc

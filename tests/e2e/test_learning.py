@@ -55,7 +55,7 @@ def learn(presence: tuple[str, ...], pairs: dict[str, float] | None) -> dict[str
         optimizer.step()
     samples = [make_sample(latent, "tia", generator) for latent in held_out]
     batch = collate_samples(samples, processors, step=0, global_rows=HELD_OUT)
-    embedded = embed_set(task.model, [batch], num_samples=HELD_OUT, device=torch.device("cpu"), name="held out")
+    embedded = embed_set(task, [batch], num_samples=HELD_OUT, device=torch.device("cpu"), name="held out")
     return evaluate_retrieval(embedded, EvaluationConfig(recall_at=(1,)))
 
 

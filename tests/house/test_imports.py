@@ -8,7 +8,7 @@ import pytest
 from helpers import REPOSITORY
 
 FLOORS = (
-    {"types", "config", "errors", "log", "distributed", "hashing", "randomness", "files", "pages", "version"},
+    {"types", "config", "errors", "log", "distributed", "hashing", "randomness", "files", "pages", "version", "launch"},
     {"modalities"},
     {"data"},
     {"model", "objectives", "shards"},

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from unit.model.token_batches import NAMES, WIDTH, make_tokens, random_presence, stream_of
 
+from mmfuse.model.blocks import checkpoint_activations
 from mmfuse.model.concat import ConcatFusion
 from mmfuse.model.fusion import Attention, Fusion, FusionConfig, make_views
 from mmfuse.model.pack import pack, unpack
@@ -186,15 +187,21 @@ def test_every_token_is_a_query_exactly_once_and_all_modules_run_once_whatever_t
 
 
 @pytest.mark.parametrize("variant", ATTENTION)
-def test_gradient_checkpointing_changes_no_gradient(variant: str) -> None:
-    fusion, batch = build(variant).train(), make_tokens(EVERY_KIND)
-    expected, calls = None, []
-    fusion.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    for fusion.gradient_checkpointing in (False, True):
+def test_blocks_that_compute_again_change_no_gradient_and_rest_where_nobody_trains(variant: str) -> None:
+    fusion, batch, calls = build(variant), make_tokens(EVERY_KIND), []
+    fusion.blocks[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def differentiate(*, training: bool) -> tuple[int, dict[str, Tensor]]:
         calls.clear()
-        tokens, pooled = fusion(batch)
+        tokens, pooled = fusion.train(training)(batch)
         x_ND = torch.cat([tokens[name][batch.masks[name]] for name in NAMES])
         found = gradients(fusion, batch, x_ND, pooled)
-        expected = expected or found
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    assert len(calls) == 2  # once more in backward
+        return len(calls), found
+
+    once, expected = differentiate(training=True)
+    checkpoint_activations(fusion.blocks)
+    twice, found = differentiate(training=True)
+    once_again, found_at_rest = differentiate(training=False)
+    for other in (found, found_at_rest):
+        torch.testing.assert_close(other, expected, rtol=1e-12, atol=1e-12)
+    assert (once, twice, once_again) == (1, 2, 1)

@@ -201,12 +201,12 @@ def differences() -> Result:
 
 def embed_evaluation_set() -> Result:
     """A set of nine samples in batches of five, the last row padding, as every rank has it afterwards."""
-    model, samples = tiny_task().model, make_samples("tia ti t ta ia tia i a tia")
+    task, samples = tiny_task().train(), make_samples("tia ti t ta ia tia i a tia")
     padding = Sample(sample_id=-1, group_id=-1, key="", features={})
     parts = (samples[:5], [*samples[5:], padding])
     batches = (make_batch(part, rank=rank(), world_size=world_size()) for part in parts)
-    embedded = embed_set(model.train(), batches, num_samples=9, device=torch.device("cpu"), name="test", fuses=True)
-    assert model.training
+    embedded = embed_set(task, batches, num_samples=9, device=torch.device("cpu"), name="test")
+    assert task.training
     present = {f"present {name}": column for name, column in embedded.present.items()}
     without = {f"without {name}": rows for name, rows in embedded.without.items()}
     return {**embedded.embeddings, **present, **without, "group": embedded.group_id}

@@ -89,7 +89,7 @@ def test_a_fusion_with_an_objective_that_trains_it_is_no_contradiction(tiny: Pat
         (["model.modalities.imag={}"], "no file for 'imag'; did you mean 'image'?"),
         (["model.modalities.image.augment.flop=1"], "model.modalities.image.augment: unknown setting 'flop'; did you"),
         (["objectives.contrastive=null"], "objectives = {}: Dictionary should have at least 1 item"),
-        (["train.precision=fp8"], "train.precision = 'fp8': Input should be 'fp32' or 'bf16'"),
+        (["train.precision=fp8"], "train.precision = 'fp8': Input should be 'fp32', 'bf16' or 'fp16'"),
         (["name=a/b"], "name = 'a/b': String should match"),
     ],
 )

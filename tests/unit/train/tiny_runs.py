@@ -5,7 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmfuse.train.run import load_run
+from mmfuse.train.state_files import StoredState
 from mmfuse.train.trainer import train
 
 FOUR_STEPS = ("train.steps=4", "train.checkpoint_every=2", "train.log_every=1")
@@ -21,6 +24,20 @@ def killed_after_step_2(whole: Path, folder: Path) -> Path:
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000004")
     return folder
+
+
+def stored_state(folder: Path, *, step: int = 4) -> StoredState:
+    """What the run's checkpoint of this step holds."""
+    return StoredState(folder / "checkpoints" / f"step_{step:08d}")
+
+
+def assert_same_state(first: StoredState, second: StoredState) -> None:
+    """Kinds, names and all values are equal to the last bit."""
+    assert first.kinds == second.kinds != ()
+    for kind in first.kinds:
+        expected, found = first.whole(kind), second.whole(kind)
+        assert found.keys() == expected.keys()
+        assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == [], kind
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
