@@ -23,6 +23,7 @@ from mmfuse.embed.store import EmbeddingStore, Form, Part
 from mmfuse.hashing import hash_int
 from mmfuse.log import hide_bar, set_up_logging
 from mmfuse.train.checkpoint import MANIFEST, MODALITIES, find_checkpoint, verify_checkpoint
+from mmfuse.train.engines.base import MODEL
 from mmfuse.train.engines.start import join_ranks, leave_ranks
 from mmfuse.train.prefetch import node_cache, prefetching
 from mmfuse.types import Batch
@@ -131,7 +132,7 @@ def _identity(embedder: Embedder, source: Source) -> dict[str, object]:
     """All that the embeddings depend on."""
     files = json.loads((embedder.checkpoint / MANIFEST).read_text())
     return {
-        "weights": files["model.safetensors"]["blake2b"],
+        "weights": {name: file["blake2b"] for name, file in files.items() if name.startswith(MODEL)},
         "model_files": {name: file["blake2b"] for name, file in files.items() if name.startswith(f"{MODALITIES}/")},
         "run": embedder.run.name,
         "settings": f"{hash_int(json.dumps(embedder.run.model.model_dump(mode='json'), sort_keys=True)):016x}",

@@ -42,9 +42,14 @@ class Keep(NamedTuple):
     """And every one whose step is a multiple of this."""
 
 
-def begin_checkpoint(root: Path, step: int) -> Path:
+def unfinished_folder(root: Path, step: int) -> Path:
     """The temporary folder into which every rank writes its part of the checkpoint of `step`."""
-    temporary = root / f"{_PREFIX}{step:08d}{_TEMPORARY}"
+    return root / f"{_PREFIX}{step:08d}{_TEMPORARY}"
+
+
+def begin_checkpoint(root: Path, step: int) -> Path:
+    """Makes the `unfinished_folder`."""
+    temporary = unfinished_folder(root, step)
     temporary.mkdir(parents=True, exist_ok=True)
     return temporary
 

@@ -18,13 +18,21 @@ from mmfuse.version import VERSION
 _LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "timm", "torchaudio", "numpy")
 
 
+def library_versions() -> dict[str, str]:
+    """Of mmfuse, Python, and what computes."""
+    libraries = (*_LIBRARIES, *filter(find_spec, ["peft"]))
+    return {
+        "mmfuse": VERSION,
+        "python": platform.python_version(),
+        **{library: version(library) for library in libraries},
+    }
+
+
 def describe_environment(strategy: str) -> dict[str, str]:
     """Versions, hardware and launch, as text by name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "mmfuse": VERSION,
-        "python": platform.python_version(),
-        **{library: version(library) for library in (*_LIBRARIES, *filter(find_spec, ["peft"]))},
+        **library_versions(),
         "platform": platform.platform(),
         "device": device,
         "strategy": strategy,

@@ -40,6 +40,7 @@ class MetricsWriter:
         self._before = [SourceCounts(0, 0, 0)] * len(sources)
         """What all ranks had met when the run went on; rank 0 has it."""
         self._source_losses: dict[str, Tensor] = {}
+        self._step_source_losses: dict[str, Tensor] = {}
         self._since = time.perf_counter()
         if rank() == 0:
             drop_lines_after(self.path, start)
@@ -69,10 +70,12 @@ class MetricsWriter:
     def end_step(self, grad_norm: Tensor) -> None:
         """All micro-steps were added. Losses of a step that was skipped are in no mean."""
         kept = self._skips.add(grad_norm)
-        for name, value in self._step_sums.items():
-            value = torch.where(kept, value, 0)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._step_sums = {}
+        pairs = (self._sums, self._step_sums), (self._source_losses, self._step_source_losses)
+        for sums, step_sums in pairs:
+            for name, value in step_sums.items():
+                value = torch.where(kept, value, 0)
+                sums[name] = sums[name] + value if name in sums else value
+            step_sums.clear()
         self._steps += 1
         self._bar.update()
 
@@ -116,7 +119,7 @@ class MetricsWriter:
     def _add_by_source(self, output: StepOutput, batch: Batch) -> None:
         source = source_of(batch.sample_id, num_sources=len(self._sources))
         for name, (rows, losses) in output.row_losses.items():
-            sums = self._source_losses.setdefault(name, torch.zeros(2, len(self._sources), device=self.device))
+            sums = self._step_source_losses.setdefault(name, torch.zeros(2, len(self._sources), device=self.device))
             sums[0].index_add_(0, source[rows], losses.float())
             sums[1].index_add_(0, source[rows], torch.ones_like(losses, dtype=torch.float32))
 
@@ -185,7 +188,7 @@ class SkippedSteps:
     def read(self) -> tuple[int, int, int]:
         """Since the last call and in all, and the most of them in a row since the last call."""
         numbers = torch.stack([self._since_read, self._total, self._longest]).tolist()
-        self._since_read, self._longest = torch.zeros_like(self._total), self._now
+        self._since_read, self._longest = torch.zeros_like(self._total), torch.zeros_like(self._total)
         return numbers[0], numbers[1], numbers[2]
 
 

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import Store
 
 from mmfuse.data.plan import DataPlan
 from mmfuse.distributed import find_differences
-from mmfuse.errors import CheckpointError, MmfuseError, TrainingError
+from mmfuse.errors import CheckpointError, TrainingError
 from mmfuse.train.average import WeightAverage
 from mmfuse.train.checkpoint import (
     AVERAGE,
@@ -27,6 +27,7 @@ from mmfuse.train.checkpoint import (
     begin_checkpoint,
     publish_checkpoint,
     store_file,
+    unfinished_folder,
 )
 from mmfuse.train.engines.base import MODEL, MOMENTS, Engine, Part
 from mmfuse.train.environment import describe_environment
@@ -117,7 +118,7 @@ class CheckpointSaver:
         """This rank's files; rank 0 then waits for those of the others and gives the checkpoint its name."""
         try:
             outcome = {"files": self._write_files(job), "error": ""}
-        except (OSError, MmfuseError, RuntimeError) as error:  # safetensors has errors of its own, all of them these
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             outcome = {"files": {}, "error": f"{socket.gethostname()}: {error}"}
         self._tell(job, f"rank {self._engine.rank}", outcome)
         if self._engine.rank == 0:
@@ -138,7 +139,7 @@ class CheckpointSaver:
 
     def _publish(self, job: _Job) -> str:
         """What went wrong, or nothing."""
-        temporary = begin_checkpoint(self._root, job.step)
+        temporary = unfinished_folder(self._root, job.step)
         outcomes = [self._hear(job, f"rank {rank}") for rank in range(self._engine.world_size)]
         errors = [outcome["error"] for outcome in outcomes if outcome["error"]]
         keep = Keep(self._run.train.keep_checkpoints, self._run.train.keep_every)

@@ -22,6 +22,7 @@ from mmfuse.train.optim import learning_rate_factor, set_learning_rate
 from mmfuse.train.resume import newest_checkpoint, start_or_resume, write_model_files
 from mmfuse.train.run import RunConfig, TrainConfig
 from mmfuse.train.saver import CheckpointSaver
+from mmfuse.train.self_test import check_same_on_all_ranks
 from mmfuse.train.side_channel import open_store
 from mmfuse.train.stop import StopRequest
 from mmfuse.train.watchdog import Watchdog
@@ -59,6 +60,7 @@ def train(run: RunConfig) -> Path:
     stop, store = StopRequest(run.folder), open_store()
     data = TrainingData(run)
     checkpoint = newest_checkpoint(run, data.plan.identity())
+    check_same_on_all_ranks(run, data.plan.identity(), checkpoint)
     model = stored_model(run.model, checkpoint) if checkpoint else run.model
     evaluator = Evaluator(run, model)
     if engine.rank == 0:  # once a run: a rank looks at each shard again when it opens it

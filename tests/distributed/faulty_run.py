@@ -1,58 +1,60 @@
-"""`mmfuse train` in which something goes wrong on the last rank: faulty_run.py FAULT STEP RUN [--set ...].
+"""`mmfuse train` in which something goes wrong on the last rank: faulty_run.py FAULT:STEP[,FAULT:STEP] RUN [--set ...].
 
-FAULT: `nan` (its loss), `hang_in_data`, `hang_in_step` (before an exchange that others wait in), `full_disk`.
+FAULT: `nan` (its loss), `hang_in_data`, `hang_in_step` (before an exchange that others wait in), `full_disk`, or
+`settings` (it has others, from the start).
 """
 
 import os
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from mmfuse.cli import main
 from mmfuse.task import Task
 from mmfuse.train import data, saver
+from mmfuse.types import Batch, StepOutput
 
-fault, at, *arguments = sys.argv[1:]
-is_odd = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-is_first_try = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+FOREVER = 1000
 forward, load_batches, write_parts = Task.forward, data.load_batches, saver.write_parts
 
 
-def fail_forward(task, batch, seen=None):
+def lose_number(task: Task, batch: Batch, seen=None) -> StepOutput:
     output = forward(task, batch, seen)
-    if batch.step == int(at) and fault == "nan":
-        return output._replace(loss=output.loss * torch.nan)
-    return output
+    return output._replace(loss=output.loss * torch.nan) if batch.step == STEPS["nan"] else output
 
 
-def hang_forward(task, batch, seen=None):
-    if batch.step == int(at):
-        time.sleep(1000)
+def hang_in_step(task: Task, batch: Batch, seen=None) -> StepOutput:
+    if batch.step == STEPS["hang_in_step"]:
+        time.sleep(FOREVER)
     return forward(task, batch, seen)
 
 
-def hang_data(*args, **kwargs):
-    for batch in load_batches(*args, **kwargs):
-        if batch.step == int(at):
-            time.sleep(1000)
+def hang_in_data(*arguments, **settings) -> Iterator[Batch]:
+    for batch in load_batches(*arguments, **settings):
+        if batch.step == STEPS["hang_in_data"]:
+            time.sleep(FOREVER)
         yield batch
 
 
-def fill_disk(folder, *args, **kwargs):
-    if f"{int(at):08d}" in folder.name:
+def fill_disk(folder: Path, *arguments, **settings) -> Path:
+    if f"{STEPS['full_disk']:08d}" in folder.name:
         raise OSError(28, "No space left on device")
-    return write_parts(folder, *args, **kwargs)
+    return write_parts(folder, *arguments, **settings)
 
 
-if is_odd and is_first_try:
-    match fault:
-        case "nan":
-            Task.forward = fail_forward
-        case "hang_in_step":
-            Task.forward = hang_forward
-        case "hang_in_data":
-            data.load_batches = hang_data
-        case "full_disk":
-            saver.write_parts = fill_disk
-raise SystemExit(main(["train", *arguments]))
+STEPS = {fault: int(step) for fault, _, step in (word.partition(":") for word in sys.argv[1].split(","))}
+if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    if "nan" in STEPS:
+        Task.forward = lose_number
+    if "hang_in_step" in STEPS:
+        Task.forward = hang_in_step
+    if "hang_in_data" in STEPS:
+        data.load_batches = hang_in_data
+    if "full_disk" in STEPS:
+        saver.write_parts = fill_disk
+    if "settings" in STEPS:
+        sys.argv += ["--set", "optimizer.learning_rate=1e-5"]
+raise SystemExit(main(["train", *sys.argv[2:]]))

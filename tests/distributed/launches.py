@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,9 @@ SAMPLE = ROOT / "data_shards" / "samples" / "emoji"
 KEPT = [("txt",), ("jpg",), ("txt", "jpg"), ("jpg", "txt", "ogg"), ("txt",), ("txt", "jpg"), ("jpg", "ogg")]
 """Modalities by turns: most rows lack sound, so ranks without any are common."""
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed on CPU compiles a library with g++")
-ZERO2, ZERO3 = (pytest.param(name, marks=needs_compiler) for name in ("zero2", "zero3"))
+ZERO1, ZERO2, ZERO3, ZERO3_OFFLOAD = (
+    pytest.param(name, marks=needs_compiler) for name in ("zero1", "zero2", "zero3", "zero3_offload")
+)
 OBJECTIVES = ("contrastive", "matching", "masked_language", "leave_one_out", "next_sentence")
 TOLERANCE = 2e-6
 """Relative, fp32, over 20 steps with every objective: sums in another order, fed back through Adam."""
@@ -92,15 +95,48 @@ def write_run(path: Path, recipe: Path, *, steps: int) -> Path:
     return path
 
 
-def start(strategy: str, run: Path, output: Path, *, settings: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+def start_script(
+    strategy: str, script: str, *arguments: str, log: Path, processes: int = 2, launch_folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a script of this folder in processes of a strategy, as `launch/train.sh` starts `mmfuse train`."""
+    number = 1 if strategy == "cpu" else processes
+    config = ROOT / "launch" / "accelerate" / f"{strategy}.yaml"
+    command = ["accelerate", "launch", "--config_file", str(config), "--num_processes", str(number)]
+    command += ["--main_process_port", "0", str(Path(__file__).with_name(script)), *arguments]
+    on_cpu = {"DS_ACCELERATOR": "cpu"} if strategy.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    told = {"MMFUSE_LAUNCH_DIR": str(launch_folder)} if launch_folder else {}
+    environment = {**_environment(), **on_cpu, **told, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with open(log, "ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+
+def train_many(
+    strategy: str, run: Path, folder: Path, variants: Mapping[str, Sequence[str]], *, processes: int = 2
+) -> None:
+    """Runs one after the other in one launch, each with these settings changed, to FOLDER/NAME."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{strategy}_{processes}.log"
+    arguments = (str(run), str(folder), json.dumps(variants))
+    process = start_script(strategy, "many_runs.py", *arguments, log=log, processes=processes)
+    code = process.wait(timeout=900)
+    assert code == 0, log.read_text(errors="replace")[-4000:]
+
+
+def start(
+    strategy: str, run: Path, output: Path, *, settings: Sequence[str] = (), max_restarts: int = 0
+) -> subprocess.Popen[bytes]:
     """Starts `launch/train.sh` with these settings changed; its output goes to `OUTPUT.log`."""
-    log = open(f"{output}.log", "ab")  # noqa: SIM115  # the child's, closed with it
     command = [str(ROOT / "launch" / "train.sh"), strategy, str(run)]
     for setting in (f"output_dir={output}", *settings):
         command += ["--set", setting]
-    environment = {**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", "NUM_PROCESSES": "2"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # equal to the last bit only on the CPU
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    asked = {"NUM_PROCESSES": "2", "MAX_RESTARTS": str(max_restarts)}
+    with open(f"{output}.log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**_environment(), **asked})
+
+
+def _environment() -> dict[str, str]:
+    """Without GPUs: equal to the last bit only on the CPU."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def finish(process: subprocess.Popen[bytes], output: Path) -> None:
@@ -111,11 +147,44 @@ def finish(process: subprocess.Popen[bytes], output: Path) -> None:
 
 def kill_after_step(process: subprocess.Popen[bytes], output: Path, *, step: int) -> None:
     """SIGKILL to the launcher and all ranks as soon as the metrics show `step`."""
+    wait_for_step(process, output, step=step)
+    kill_all(process)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], output: Path, *, step: int) -> None:
+    """Until the metrics show `step`; fails if the run ends before."""
     deadline = time.monotonic() + 900
     while len(read_losses(output)) < step:
         assert process.poll() is None, Path(f"{output}.log").read_text(errors="replace")[-4000:]
         assert time.monotonic() < deadline, "the run did not get to the step in time"
         time.sleep(0.02)
+
+
+def find_ranks(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes that train, in no order; loader workers, which they start, are not among them."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [member for member in family if "RANK" in _environment_of(member) and not _is_child_of_rank(member)]
+
+
+def _environment_of(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:  # it has ended
+        return {}
+
+
+def _is_child_of_rank(process: psutil.Process) -> bool:
+    try:
+        parent = process.parent()
+    except psutil.Error:
+        return True
+    return parent is None or "RANK" in _environment_of(parent)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the launcher and all that it started, if it has not ended."""
+    if process.poll() is not None:
+        return
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()

@@ -11,7 +11,7 @@ from helpers import REPOSITORY, write_data_set, write_tiny_run
 
 from mmfuse.errors import LaunchError
 
-TOOLS = ("bash", "env", "dirname", "sed", "ls", "xargs", "tr", "grep")
+TOOLS = ("bash", "env", "dirname", "sed", "ls", "xargs", "tr", "grep", "mktemp", "touch", "rm")
 SETTINGS = ("MMFUSE_NUM_PROCESSES", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU", "DS_ACCELERATOR")
 
 

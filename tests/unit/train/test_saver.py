@@ -1,6 +1,7 @@
 """Checkpoints written beside the training: what was there when it was asked for, or an error and the one before."""
 
 import copy
+import json
 import logging
 import threading
 import time
@@ -11,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfuse.distributed import rank
 from mmfuse.errors import CheckpointError
 from mmfuse.task import Task
 from mmfuse.train.average import WeightAverage
-from mmfuse.train.checkpoint import CHECKPOINTS, complete_checkpoints, read_facts, verify_checkpoint
+from mmfuse.train.checkpoint import CHECKPOINTS, MODALITIES, complete_checkpoints, read_facts, verify_checkpoint
 from mmfuse.train.data import TrainingData
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.engines.start import start_engine
@@ -35,6 +35,7 @@ class Ranks:
 
     def __init__(self, tiny_run: Path, output: Path, *, count: int = 1, background: bool = True) -> None:
         settings = [f"output_dir={output}", f"train.checkpoint_in_background={background}", "train.keep_checkpoints=9"]
+        settings += ["model.modalities.image.frozen_layers=all"]  # of which there are weights, but no moments
         run = load_run(str(tiny_run), overrides=settings)
         self.task = Task(run.model, run.objective_configs, seed=run.seed)
         self.engine = start_engine(Asked("fp32", 1, 1.0, timeout_seconds=60))
@@ -49,6 +50,8 @@ class Ranks:
         engines = [as_rank(self.engine, number, count) for number in range(count)]
         self.savers = [CheckpointSaver(run, engine, shapes, store) for engine in engines]
         self.averages = [WeightAverage(engine, 0.5) for engine in engines]
+        for average in self.averages:
+            torch._foreach_mul_(average.tensors, 0.5)
 
     def save(self, step: int) -> None:
         for saver, average in zip(self.savers, self.averages, strict=True):
@@ -110,13 +113,13 @@ def test_beside_the_training_or_not_by_one_rank_or_several_the_whole_state_is_wr
     (folder,) = complete_checkpoints(ranks.root)
     assert_holds(folder, ranks.state())
     assert len(list(folder.glob("*.safetensors"))) == 4 * count
-    assert (folder / "modalities/text/tokenizer").exists() or list(folder.glob("modalities/text/*"))
+    assert names_in(folder / MODALITIES) == ["image", "text"]
     assert read_facts(folder) | {"environment": None} == {
         "step": 2,
         "adam_steps": 3,
         "plan": ranks.plan.identity(),
-        "weights": [list(segment) for segment in ranks.plan.segments],
-        "written_by": f"{ranks.savers[0]._engine.name} on {count} ranks",
+        "weights": json.loads(json.dumps(ranks.plan.segments)),
+        "written_by": f"{'ddp' if count > 1 else 'one process'} on {count} ranks",
         "environment": None,
     }
 
@@ -178,7 +181,7 @@ def test_one_that_cannot_be_written_by_any_rank_leaves_the_one_before_and_the_ne
     with caplog.at_level(logging.ERROR):
         ranks.save(4)
         errors = ranks.finish()
-    assert len(errors) == count and set(errors) == {record.message for record in caplog.records}
+    assert errors == [record.message for record in caplog.records] * count  # all ranks raise what rank 0 logged
     assert "the checkpoint of step 4 was not written" in errors[0] and "The one before is still the newest" in errors[0]
     assert complete_checkpoints(ranks.root) == [ranks.root / "step_00000002"]
     assert not (ranks.root / "step_00000004.tmp").is_dir()

@@ -1,0 +1,85 @@
+"""Something goes wrong on one of two ranks."""
+
+import math
+from pathlib import Path
+
+import pytest
+from distributed.launches import (
+    ZERO2,
+    ZERO3,
+    kill_all,
+    read_losses,
+    read_numbers,
+    start_script,
+    write_run,
+    write_sparse_shards,
+)
+
+from mmfuse.errors import Stopped
+from mmfuse.train.checkpoint import CHECKPOINTS, complete_checkpoints
+
+STEPS, HANG_SECONDS = 9, 8
+ENGINES = ["ddp", *(pytest.param(*name.values, marks=[*name.marks, pytest.mark.slow]) for name in (ZERO2, ZERO3))]
+ENGINES.append(pytest.param("fsdp2", marks=pytest.mark.slow))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    return write_run(folder / "run.yaml", write_sparse_shards(folder / "shards"), steps=STEPS)
+
+
+def train_with(fault: str, strategy: str, run: Path, output: Path, *settings: str) -> tuple[int, str, str]:
+    """Exit code of the launcher, the one that the run left for `launch/train.sh`, and the log."""
+    told, log = Path(f"{output}.told"), Path(f"{output}.log")
+    told.mkdir()
+    arguments = [fault, str(run)]
+    for setting in (
+        f"output_dir={output}",
+        "train.checkpoint_every=3",
+        f"train.hang_seconds={HANG_SECONDS}",
+        *settings,
+    ):
+        arguments += ["--set", setting]
+    process = start_script(strategy, "faulty_run.py", *arguments, log=log, launch_folder=told)
+    try:
+        code = process.wait(timeout=200)
+    finally:
+        kill_all(process)
+    outcome = told / "outcome"
+    return code, outcome.read_text() if outcome.exists() else "", log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_a_nan_of_one_rank_skips_the_step_on_all_and_a_full_disk_costs_one_checkpoint(run: Path, strategy: str) -> None:
+    output = run.parent / f"survives_{strategy}"
+    code, _, log = train_with("nan:4,full_disk:6", strategy, run, output, "train.hang_seconds=60")
+    assert code == 0, log[-4000:]
+    losses, skipped = read_losses(output), read_numbers(output, "skipped_steps")
+    assert [step for step, loss in losses.items() if loss is None] == [5]
+    assert all(math.isfinite(loss) for step, loss in losses.items() if step != 5)
+    assert [skipped[step] for step in (4, 5, STEPS)] == [0, 1, 1]
+    kept = [folder.name for folder in complete_checkpoints(output / CHECKPOINTS)]
+    assert kept == ["step_00000003", "step_00000009"]
+    assert "ERROR the checkpoint of step 6 was not written" in log and "No space left on device" in log
+    assert not list((output / CHECKPOINTS).glob("*.tmp"))
+
+
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_a_rank_that_hangs_in_its_data_is_named_and_the_run_ends_to_be_started_again(run: Path, strategy: str) -> None:
+    output = run.parent / f"hangs_{strategy}"
+    code, outcome, log = train_with("hang_in_data:4", strategy, run, output)
+    assert code != 0 and outcome == str(Stopped.exit_code)
+    assert "no progress for 8 s (train.hang_seconds), ending. rank 1 keeps the others waiting, in: data" in log
+    assert log.count("no progress") == 1
+    assert "hang_in_data" in (output / "hang.rank1.txt").read_text()
+    assert [folder.name for folder in complete_checkpoints(output / CHECKPOINTS)] == ["step_00000003"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", ZERO3])
+def test_a_rank_that_never_comes_to_an_exchange_is_named_with_the_line_where_it_is(run: Path, strategy: str) -> None:
+    output = run.parent / f"absent_{strategy}"
+    _, outcome, log = train_with("hang_in_step:4", strategy, run, output)
+    assert outcome == str(Stopped.exit_code)
+    assert "rank 1 keeps the others waiting, in: forward and backward, tests/distributed/faulty_run.py" in log
