@@ -67,4 +67,5 @@ class Task(nn.Module):
                 loss = loss + self.weights[name] * term.loss
                 shown = f"{name}/{part}" if part != name else name
                 terms[shown], row_losses[shown] = term.loss.detach(), (term.rows, term.row_losses)
-        return StepOutput(loss, terms, row_losses)
+        tokens = {name: mask.sum() for name, mask in encoded.token_batch.masks.items()}
+        return StepOutput(loss, terms, row_losses, tokens)

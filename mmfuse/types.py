@@ -148,3 +148,5 @@ class StepOutput(NamedTuple):
     """Detached parts of the loss before weighting, by `objective/term`."""
     row_losses: dict[str, tuple[Tensor, Tensor]]
     """Of each term, the rows of this rank's batch that it is taken over, and what they contribute, both `(n,)`."""
+    tokens: dict[str, Tensor]
+    """How many real tokens each encoder gave, int64 `()` by modality."""

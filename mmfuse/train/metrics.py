@@ -21,20 +21,25 @@ from mmfuse.data.quarantine import SourceCounts
 from mmfuse.distributed import rank, sum_over_ranks, world_size
 from mmfuse.files import drop_lines_after
 from mmfuse.log import hide_bar
+from mmfuse.train.speed import Speed
 from mmfuse.types import Batch, StepOutput
 
 logger = logging.getLogger(__name__)
 
 
+_STRAGGLER_SHARE = 0.1
+"""Of a step's time: a rank that waits longer for its data, and twice as long as others, is named."""
+
+
 class MetricsWriter:
     """Sums on the device, writes on rank 0. All ranks call the same methods."""
 
-    def __init__(self, folder: Path, *, start: int, stop: int, device: torch.device, sources: list[str]) -> None:
-        self.path, self.device = folder / "metrics.jsonl", device
+    def __init__(self, folder: Path, *, start: int, stop: int, speed: Speed, sources: list[str]) -> None:
+        self.path, self.device, self._speed = folder / "metrics.jsonl", speed.device, speed
         self._sums: dict[str, Tensor] = {}
         self._step_sums: dict[str, Tensor] = {}
         self._steps = 0
-        self._skips = SkippedSteps(device)
+        self._skips = SkippedSteps(self.device)
         self._waited = 0.0
         self._sources, self._counts = sources, [SourceCounts(0, 0, 0)] * len(sources)
         self._before = [SourceCounts(0, 0, 0)] * len(sources)
@@ -60,6 +65,7 @@ class MetricsWriter:
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
             value = value.float() * share
             self._step_sums[name] = self._step_sums[name] + value if name in self._step_sums else value
+        self._speed.add(output.tokens)
         if len(self._sources) > 1:
             self._add_by_source(output, batch)
 
@@ -98,7 +104,8 @@ class MetricsWriter:
         numbers |= {
             "samples_per_second": self._steps * rows / seconds,
             "step_seconds": seconds / self._steps,
-            "data_wait_seconds": self._waited / self._steps,
+            **self._speed.read(seconds),
+            **self._waits(seconds),
             "memory_gib": _peak_memory_gib(self.device),
             "skipped_steps": total,
             "skipped_in_a_row": in_a_row,
@@ -109,6 +116,17 @@ class MetricsWriter:
         self._sums, self._source_losses = {}, {}
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
         return numbers
+
+    def _waits(self, seconds: float) -> dict[str, float]:
+        """How long a step stood waiting for data: the mean over ranks, and the rank that all others waited for."""
+        own = torch.zeros(world_size(), dtype=torch.float64, device=self.device)
+        own[rank()] = self._waited / self._steps
+        by_rank = sum_over_ranks(own).tolist()
+        mean, most = sum(by_rank) / len(by_rank), max(by_rank)
+        slowest = by_rank.index(most)
+        if most > _STRAGGLER_SHARE * seconds / self._steps and most > 2 * mean and rank() == 0:
+            logger.warning("rank %d waits %.2f s of a step for its data, the mean rank %.2f s", slowest, most, mean)
+        return {"data_wait_seconds": mean, "data_wait_most_seconds": most, "data_wait_most_rank": slowest}
 
     def _count_sources(self) -> dict[str, float]:
         """`sources/NAME/samples`, `masked` and `lost`, over all ranks, since the run's first step."""
@@ -158,15 +176,19 @@ class MetricsWriter:
             f"{n.rpartition('/')[2]} {v:.3f}" for n, v in numbers.items() if n in self._sums and n != "loss"
         )
         logger.info(
-            "step %d  loss %.4f (%s)  %.0f samples/s  step %.3f s  data wait %.3f s  grad norm %.2f  memory %.2f GiB",
+            "step %d  loss %.4f (%s)  %.0f samples/s  %.0f tokens/s%s  step %.3f s  data wait %.3f s  grad norm %.2f  "
+            "memory %.2f GiB%s",
             step,
             numbers["loss"],
             terms,
             numbers["samples_per_second"],
+            numbers["tokens_per_second"],
+            f"  MFU {numbers['mfu']:.1%}" if "mfu" in numbers else "",
             numbers["step_seconds"],
             numbers["data_wait_seconds"],
             numbers["grad_norm"],
             numbers["memory_gib"],
+            f"  skipped {numbers['skipped_steps']:.0f} steps" if numbers["skipped_steps"] else "",
         )
 
 

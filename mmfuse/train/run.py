@@ -23,6 +23,7 @@ from mmfuse.model.model import ModelConfig
 from mmfuse.objectives.base import ObjectiveConfig
 from mmfuse.train.engines.base import Precision
 from mmfuse.train.optim import OptimizerConfig
+from mmfuse.train.profiling import ProfileConfig
 
 SHIPPED_RUNS = Path(__file__).parents[1] / "runs"
 _MAY_CHANGE = (
@@ -30,6 +31,7 @@ _MAY_CHANGE = (
     "train.",
     "optimizer.",
     "evaluation.",
+    "profile.",
     "data.train",  # the plan's identity tells one source from another, and their weights may change
     "data.cache",
     "data.quarantine",
@@ -100,6 +102,7 @@ class RunConfig(Settings):
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def folder(self) -> Path:

@@ -19,11 +19,13 @@ from mmfuse.train.environment import write_environment
 from mmfuse.train.evaluation import Evaluator, Results
 from mmfuse.train.metrics import MetricsWriter
 from mmfuse.train.optim import learning_rate_factor, set_learning_rate
+from mmfuse.train.profiling import StepProfiler
 from mmfuse.train.resume import newest_checkpoint, start_or_resume, write_model_files
 from mmfuse.train.run import RunConfig, TrainConfig
 from mmfuse.train.saver import CheckpointSaver
 from mmfuse.train.self_test import check_same_on_all_ranks
 from mmfuse.train.side_channel import open_store
+from mmfuse.train.speed import Speed
 from mmfuse.train.stop import StopRequest
 from mmfuse.train.watchdog import Watchdog
 
@@ -41,6 +43,7 @@ class Training(NamedTuple):
     average: WeightAverage
     saver: CheckpointSaver
     watchdog: Watchdog
+    speed: Speed
 
 
 def train(run: RunConfig) -> Path:
@@ -70,6 +73,7 @@ def train(run: RunConfig) -> Path:
     check_fed(run, data.sources)  # after the task, which knows better where the model lacks something
     _describe_start(run, engine, data, task)
 
+    speed = Speed(task, engine.device)
     shapes = {name: tuple(tensor.shape) for name, tensor in task.state_dict().items()}
     start, average = start_or_resume(run, engine, task, data, checkpoint)
     write_environment(run.folder, run, strategy=engine.name)
@@ -78,7 +82,7 @@ def train(run: RunConfig) -> Path:
     watchdog = Watchdog(store, rank=engine.rank, world_size=engine.world_size, limit_seconds=limit, folder=run.folder)
     evaluator.on_batch = watchdog.beat
     saver = CheckpointSaver(run, engine, shapes, store)
-    training = Training(run, engine, task, data, evaluator, average, saver, watchdog)
+    training = Training(run, engine, task, data, evaluator, average, saver, watchdog, speed)
     if start == 0:
         evaluate(training, step=0)
     done = fit(training, stop, start=start)
@@ -100,17 +104,19 @@ def fit(training: Training, stop: StopRequest, *, start: int) -> int:
 
     All ranks do the same in the same order.
     """
-    run, engine, task, data, evaluator, average, saver, watchdog = training
+    run, engine, task, data, evaluator, average, saver, watchdog, speed = training
     config = run.train
     sources = [source.name for source in data.sources]
-    metrics = MetricsWriter(run.folder, start=start, stop=config.steps, device=engine.device, sources=sources)
+    metrics = MetricsWriter(run.folder, start=start, stop=config.steps, speed=speed, sources=sources)
     beside = evaluator.copies_at_a_time() if 0 < config.evaluate_every < config.steps else None
     batches = data.batches(
         evaluator.processors, start=start, engine=engine, metrics=metrics, watchdog=watchdog, beside=beside
     )
+    profiler = StepProfiler(run.profile, run.folder)
     task.train()
     done = start
     for step in range(start, config.steps):
+        profiler.before_step(step)
         rate = learning_rate_factor(step, config=run.optimizer, total_steps=config.steps)
         set_learning_rate(engine.optimizer, rate)  # before backward: DeepSpeed steps inside it
         seed = hash_int(run.seed, "dropout", step)
@@ -125,6 +131,7 @@ def fit(training: Training, stop: StopRequest, *, start: int) -> int:
             grad_norm = engine.step()
         average.update(step)
         metrics.end_step(grad_norm)
+        profiler.after_step(step)
 
         done, last, stops = step + 1, step + 1 == config.steps, stop.agreed()
         saves = last or stops or done % config.checkpoint_every == 0
