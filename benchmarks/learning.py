@@ -7,7 +7,8 @@ Every run sees the same global batches of the full emoji set (data_shards/README
 augmented by the same loader, with encoders of the same width and depth, AdamW and one schedule. open_clip's CLIP and
 ClipLoss, and transformers' CLIP with the MultipleNegativesRankingLoss of sentence-transformers as it comes, take the
 rows that hold both a picture and a text; their text encoders read from left to right, as CLIP's does. Scores are those
-of held-out sets in `mmfuse.evaluate`, for all.
+of held-out sets in `mmfuse.evaluate`, for all. Where a fusion learns too, by leave-one-out, a text or a picture also
+asks together with its sound.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,19 +28,21 @@ from mmfuse.train.trainer import train
 
 OPEN_CLIP, SENTENCE_TRANSFORMERS = "open_clip, image and text", "sentence-transformers, image and text"
 PEERS = {OPEN_CLIP: open_clip_parts, SENTENCE_TRANSFORMERS: sentence_transformers_parts}
-_WITHOUT_SOUND = ["model.modalities.audio=null", "model.fusion=null", "objectives.leave_one_out=null"]
+_QUARTER = "objectives.contrastive.pairs={text-image: 1, text-audio: 0.25, image-audio: 0.25}"
+_WITHOUT_FUSION = ["model.fusion=null", "objectives.leave_one_out=null"]
+_WITHOUT_SOUND = ["model.modalities.audio=null", *_WITHOUT_FUSION]
 SYSTEMS = {
     OPEN_CLIP: _WITHOUT_SOUND,
     SENTENCE_TRANSFORMERS: _WITHOUT_SOUND,
     "mmfuse, image and text": _WITHOUT_SOUND,
     "mmfuse, image, text and sound": [],
-    "the same, sound at a quarter of the weight": [
-        "model.fusion=null",
-        "objectives={leave_one_out: null, contrastive: {pairs: {text-image: 1, text-audio: 0.25, image-audio: 0.25}}}",
-    ],
+    "mmfuse, sound at a quarter of the weight": [_QUARTER],
+    "mmfuse, sound at a quarter and no fusion": [_QUARTER, *_WITHOUT_FUSION],
 }
 """With what each changes in the run."""
 DIRECTIONS = ("image->text", "text->image")
+QUERIES = ("text->image", "audio->image", "text+audio->image", "image->text", "audio->text", "image+audio->text")
+"""Of the table that shows what a sound adds to a query."""
 
 
 def make_run(system: str, arguments: argparse.Namespace, *, folder: str) -> RunConfig:
@@ -70,20 +73,43 @@ def run_system(system: str, arguments: argparse.Namespace) -> Scores:
         return peer.score()
 
 
-def table(results: dict[str, list[Scores]]) -> list[str]:
-    """Markdown: mean recall over seeds and directions image <-> text, with the range over seeds."""
-    sets = list(next(iter(results.values()))[0])
-    columns = [(name, k) for name in sets for k in ("R@1", "R@10")]
-    lines = ["| | " + " | ".join(f"{name}, {k}" for name, k in columns) + " |", "|---|" + "---|" * len(columns)]
-    for system, runs in results.items():
+class Row(NamedTuple):
+    """A row of a table."""
+
+    labels: tuple[str, ...]
+    runs: list[Scores]
+    """One for each seed."""
+    directions: tuple[str, ...]
+    """Whose recall is averaged."""
+
+
+def table(head: tuple[str, ...], rows: list[Row]) -> list[str]:
+    """Markdown: mean recall over seeds and directions, with the range over seeds; chance comes last."""
+    scores, one = rows[0].runs[0], rows[0].directions[0]
+    columns = [(name, k) for name in scores for k in ("R@1", "R@10")]
+    lines = [[*head, *(f"{name}, {k}" for name, k in columns)]]
+    for labels, runs, directions in rows:
         cells = []
         for name, k in columns:
-            values = [sum(run[name][d][k] for d in DIRECTIONS) / len(DIRECTIONS) * 100 for run in runs]
+            values = [sum(run[name][d][k] for d in directions) / len(directions) * 100 for run in runs]
             low, high = summarise(values)[1:]
             cells.append(f"{sum(values) / len(values):.1f}% ({low:.1f} to {high:.1f})")
-        lines.append(f"| {system} | " + " | ".join(cells) + " |")
-    chances = [results[OPEN_CLIP][0][name][DIRECTIONS[0]][f"chance {k}"] * 100 for name, k in columns]
-    return [*lines, "| chance | " + " | ".join(f"{chance:.2f}%" for chance in chances) + " |"]
+        lines.append([*labels, *cells])
+    lines.append(
+        ["chance", *[""] * (len(head) - 1), *(f"{scores[name][one][f'chance {k}']:.2%}" for name, k in columns)]
+    )
+    first, *rest = [f"| {' | '.join(line)} |" for line in lines]
+    return [first, "|" + "---|" * len(lines[0]), *rest]
+
+
+def rows_by_query(results: dict[str, list[Scores]]) -> list[Row]:
+    """What is asked with, beside each system that can be asked with it."""
+    return [
+        Row((query, system), runs, (query,))
+        for query in QUERIES
+        for system, runs in results.items()
+        if all(query in directions for directions in runs[0].values())
+    ]
 
 
 def report(results: dict[str, list[Scores]], arguments: argparse.Namespace) -> str:
@@ -99,7 +125,12 @@ def report(results: dict[str, list[Scores]], arguments: argparse.Namespace) -> s
             f"Recall between pictures and texts of held-out emoji after {arguments.steps} steps of 64 samples, mean of "
             f"both directions and of {arguments.seeds} seeds (lowest to highest seed).",
             "",
-            *table(results),
+            *table(("system",), [Row((system,), runs, DIRECTIONS) for system, runs in results.items()]),
+            "",
+            "What a query gains from a sound, by direction. What is spoken is the written name, so `audio->text` and "
+            "`image+audio->text` ask for the words that were said.",
+            "",
+            *table(("query", "system"), rows_by_query(results)),
         ]
     )
 
