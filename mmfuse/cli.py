@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from mmfuse.cli_checkpoint import add_checkpoint, add_checkpoints, add_last_weights
 from mmfuse.cli_shards import add_paths, add_shards
 from mmfuse.errors import CheckpointError, ConfigError, MmfuseError, Stopped
 from mmfuse.launch import tell_launcher
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_embed(commands)
+    add_checkpoints(commands)
     add_shards(commands)
     return parser
 
@@ -71,15 +73,11 @@ def _add_eval(commands) -> None:
         "and report.json.",
         epilog="Example: mmfuse eval runs/quickstart/checkpoints/step_00000400",
     )
-    _add_checkpoint(evaluate)
+    add_checkpoint(evaluate)
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="where the report goes (default: CHECKPOINT.evaluation)"
     )
-    evaluate.add_argument(
-        "--last-weights",
-        action="store_true",
-        help="score the weights of the last step also where the run kept a moving average (train.ema_decay)",
-    )
+    add_last_weights(evaluate, verb="score")
     evaluate.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     _add_overrides(evaluate)
     evaluate.set_defaults(command=_evaluate)
@@ -97,7 +95,7 @@ def _add_embed(commands) -> None:
         epilog="Examples: mmfuse embed runs/quickstart data_shards/recipes/emoji_sample.yaml --split new_drawings "
         "--out embedded   mmfuse embed CHECKPOINT /data/pictures --out embedded --set evaluation.batch_size=512",
     )
-    _add_checkpoint(embed)
+    add_checkpoint(embed)
     add_paths(embed)
     embed.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the embeddings go")
     embed.add_argument("--split", metavar="NAME", help="of the recipe (needed where it has several)")
@@ -105,11 +103,6 @@ def _add_embed(commands) -> None:
     embed.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored numbers")
     _add_overrides(embed)
     embed.set_defaults(command=_embed)
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    where = "a folder step_NNNNNNNN, or a run's folder"
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=where)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Small files that are whole or not there."""
+"""Small files that are whole or not there, and how a size is said."""
 
 import fcntl
 import json
@@ -51,3 +51,12 @@ def drop_lines_after(path: Path, step: int) -> None:
         for line in before:
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:  # a kill may cut the last one
                 after.write(line)
+
+
+def format_bytes(size: float) -> str:
+    """Bytes with a unit, three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.3g} {unit}"

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from mmfuse.files import format_bytes
 from mmfuse.pages import Plot, count_things, render_page, show_header, show_plots, show_tile
 from mmfuse.shards.balance import find_outliers
 from mmfuse.shards.probe import ProbeTotals
 from mmfuse.shards.sketch import Common
 from mmfuse.shards.stats import ShardRow, ShardStats
 from mmfuse.shards.stats_plots import draw_histogram, draw_shapes, draw_shards
-from mmfuse.shards.stats_table import format_bytes
 
 _STYLE = Path(__file__).with_name("stats_page.css")
 _MOST_LISTED_SHARDS = 500

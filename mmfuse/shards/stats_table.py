@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mmfuse.files import format_bytes
 from mmfuse.pages import count_things
 from mmfuse.shards.balance import find_outliers
 from mmfuse.shards.findings import escape_controls
@@ -98,12 +99,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int 
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def format_bytes(size: float) -> str:
-    """Bytes with a unit, three digits."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.3g} {unit}"

@@ -12,11 +12,11 @@ import soundfile
 from PIL import Image
 
 from mmfuse.data.recipe import MemberRule, Shard
+from mmfuse.files import format_bytes
 from mmfuse.pages import data_uri, make_thumbnail, mime_of
 from mmfuse.shards.findings import describe_error
 from mmfuse.shards.hostile_pool import NOTHING, Mark
 from mmfuse.shards.member_reader import Member, MemberReader
-from mmfuse.shards.stats_table import format_bytes
 
 if TYPE_CHECKING:  # only the processes that decode wait for torch
     from mmfuse.modalities.base import ModalityConfig

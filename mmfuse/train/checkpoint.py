@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmfuse.errors import CheckpointError, ConfigError
 from mmfuse.model.model import ModelConfig
@@ -29,8 +29,11 @@ _IN_FILES = (".tokenizer", ".pretrained", ".architecture")
 _PREFIX, _TEMPORARY = "step_", ".tmp"
 AVERAGE = "ema"
 """The kind of the moving average of the weights."""
+CONSOLIDATED = "consolidated"
+"""The fact of a checkpoint that holds weights alone: from where, and which of its kinds."""
 Fingerprints = dict[str, dict[str, Any]]
 """Size and checksum of files, by their path within a checkpoint."""
+_BLOCK_BYTES = 2**20
 
 
 class Keep(NamedTuple):
@@ -72,6 +75,20 @@ def publish_checkpoint(temporary: Path, written: Fingerprints, *, facts: dict[st
         path = temporary / name
         if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
             raise CheckpointError(f"{path}: written by another rank, but not seen here: nodes must share output_dir")
+    final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
+    complete_files(temporary, written, facts=facts)
+    shutil.rmtree(final, ignore_errors=True)
+    rename_folder(temporary, final)
+    _remove_others(final, keep)
+    return final
+
+
+def complete_files(temporary: Path, written: Fingerprints, *, facts: dict[str, Any]) -> None:
+    """Adds the facts and, last, the manifest of all files, and makes sure that all are on the disk.
+
+    Args:
+        written: of files that are on the disk.
+    """
     (temporary / STATE).write_text(json.dumps(facts, indent=1))
     added = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     added = [path for path in added if path.relative_to(temporary).as_posix() not in written]
@@ -79,17 +96,17 @@ def publish_checkpoint(temporary: Path, written: Fingerprints, *, facts: dict[st
     (temporary / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=1))
     for path in (temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
         _sync(path)
-    final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
-    shutil.rmtree(final, ignore_errors=True)
+
+
+def rename_folder(temporary: Path, final: Path) -> None:
+    """Gives a folder its name, also on the disk."""
     temporary.rename(final)
     _sync(final.parent)
-    _remove_others(final, keep)
-    return final
 
 
 def _remove_others(newest: Path, keep: Keep) -> None:
     root = newest.parent
-    for folder in root.glob(f"{_PREFIX}*[0-9]"):
+    for folder in checkpoint_folders(root):
         if folder.name > newest.name:  # damaged, or resume would have gone on from there
             shutil.rmtree(folder)
     for old in complete_checkpoints(root)[: -keep.newest]:
@@ -97,10 +114,15 @@ def _remove_others(newest: Path, keep: Keep) -> None:
             shutil.rmtree(old)
 
 
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, also those that are not whole."""
+    return sorted(root.glob(f"{_PREFIX}*[0-9]"))
+
+
 def complete_checkpoints(root: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first; others are named in a warning and left alone."""
     complete = []
-    for folder in sorted(root.glob(f"{_PREFIX}*[0-9]")):
+    for folder in checkpoint_folders(root):
         try:
             verify_checkpoint(folder)
             complete.append(folder)
@@ -115,25 +137,40 @@ def find_checkpoint(path: Path) -> Path:
     return complete[-1] if complete else path
 
 
-def verify_checkpoint(folder: Path, *, contents: bool = False) -> None:
-    """Compares the files with the manifest: sizes, and with `contents` checksums too.
+def read_manifest(folder: Path) -> Fingerprints:
+    """Size and checksum of a checkpoint's files as they were written.
 
     Raises:
-        CheckpointError: not a checkpoint, or not as it was written.
+        CheckpointError: not a checkpoint.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())
-        sizes = {name: fingerprint["bytes"] for name, fingerprint in files.items()}
-        _ = sizes[STATE], sizes[RUN]
+        _ = {name: fingerprint["bytes"] for name, fingerprint in files.items()}, files[STATE], files[RUN]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: is no complete checkpoint (no readable {MANIFEST}); give a folder step_NNNNNNNN of a run"
         ) from error
-    for name, size in sizes.items():
+    return files
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+def verify_checkpoint(folder: Path, *, contents: bool = False, on_read: Callable[[int], object] = _ignore) -> None:
+    """Compares the files with the manifest: sizes, and with `contents` checksums too.
+
+    Args:
+        on_read: is told how many bytes were read, each time that some were.
+    Raises:
+        CheckpointError: not a checkpoint, or not as it was written.
+    """
+    files = read_manifest(folder)
+    for name, fingerprint in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
             raise CheckpointError(f"{folder}: {name} is missing or has another size than when it was written")
-        if contents and _fingerprint(path) != files[name]:
+        if contents and _fingerprint(path, on_read) != fingerprint:
             raise CheckpointError(f"{folder}: {name} has changed since it was written (checksum)")
 
 
@@ -175,14 +212,11 @@ def load_weights(task: nn.Module, folder: Path, *, averaged: bool = False) -> No
     Args:
         averaged: the moving average instead of the last ones, where the run kept one (`train.ema_decay`).
     Raises:
-        CheckpointError: damaged, or the weights of another model; names the first differences.
+        CheckpointError: damaged, or the weights of another model; names the first differences. Or the last weights are
+            wanted of a checkpoint that was consolidated without them.
     """
     stored = StoredState(folder)
-    averaged = averaged and AVERAGE in stored.kinds
-    if averaged:
-        logger.info("%s: taking the moving average of the weights", folder)
-    kind = AVERAGE if averaged else MODEL
-    weights = stored.whole(MODEL) | (stored.whole(kind) if averaged else {})
+    weights = read_weights(stored, choose_kind(stored, averaged=averaged))
     ours = task.state_dict()
     wrong = [name for name in ours if name not in weights or weights[name].shape != ours[name].shape]
     wrong += sorted(name for name in weights if name not in ours)
@@ -193,19 +227,42 @@ def load_weights(task: nn.Module, folder: Path, *, averaged: bool = False) -> No
     task.load_state_dict(weights)
 
 
+def choose_kind(stored: StoredState, *, averaged: bool) -> str:
+    """The kind of weights that is wanted and there: the moving average or the last ones.
+
+    Raises:
+        CheckpointError: it was consolidated without them.
+    """
+    if averaged and AVERAGE in stored.kinds:
+        logger.info("%s: taking the moving average of the weights", stored.folder)
+        return AVERAGE
+    if not averaged and read_facts(stored.folder).get(CONSOLIDATED, {}).get("weights") == AVERAGE:
+        raise CheckpointError(
+            f"{stored.folder}: holds the moving average of the weights alone. For those of the last step, consolidate "
+            "with --last-weights, or take the checkpoint that it was made from"
+        )
+    return MODEL
+
+
+def read_weights(stored: StoredState, kind: str) -> dict[str, Tensor]:
+    """All weights and buffers by name: of `kind` where it has them, else the last ones."""
+    chosen = stored.shapes(kind)
+    return {name: stored.tensor(kind if name in chosen else MODEL, name) for name in stored.shapes(MODEL)}
+
+
 def store_file(path: Path) -> dict[str, Any]:
     """Makes sure that a file is on the disk; gives its fingerprint."""
     _sync(path)
     return _fingerprint(path)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path, on_read: Callable[[int], object] = _ignore) -> dict[str, Any]:
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, _hash).hexdigest()}
-
-
-def _hash():
-    return hashlib.blake2b(digest_size=16)
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            on_read(len(block))
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
 
 
 def _sync(path: Path) -> None:

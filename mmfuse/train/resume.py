@@ -19,6 +19,7 @@ from mmfuse.train.average import WeightAverage
 from mmfuse.train.checkpoint import (
     AVERAGE,
     CHECKPOINTS,
+    CONSOLIDATED,
     MODALITIES,
     RUN,
     complete_checkpoints,
@@ -113,6 +114,11 @@ def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
     checkpoint = first_rank_decides(find)
     if checkpoint is None:
         return None
+    if CONSOLIDATED in read_facts(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint} was consolidated: it holds weights without Adam's moments, from which no run goes on; move "
+            "it to another folder"
+        )
     changed = changed_settings(load_run(str(checkpoint / RUN)), run)
     stored, now = _flatten(read_facts(checkpoint)["plan"]), _flatten(identity)
     changed += [

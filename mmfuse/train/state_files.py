@@ -18,14 +18,14 @@ from torch import Tensor
 from mmfuse.errors import CheckpointError
 from mmfuse.train.engines.base import Part
 
-_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
 Shapes = Mapping[str, tuple[int, ...]]
 """Of all weights and buffers of a task, by name."""
 
 
 def write_parts(folder: Path, kind: str, parts: list[Part], *, rank: int, shapes: Shapes) -> Path:
     """One rank's file of a kind; returns its path."""
-    path = folder / f"{kind}-{rank:05d}{_SUFFIX}"
+    path = folder / f"{kind}-{rank:05d}{SUFFIX}"
     metadata = {
         "starts": json.dumps({part.name: part.start for part in parts}),
         "shapes": json.dumps({part.name: shapes[part.name] for part in parts}),
@@ -58,7 +58,8 @@ class StoredState:
         self.folder = folder
         self._pieces: dict[str, dict[str, list[_Piece]]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        self._files: dict[str, list[str]] = {}
+        for path in sorted(folder.glob(f"*{SUFFIX}")):
             try:
                 self._add(path)
             except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -71,8 +72,9 @@ class StoredState:
         file = safe_open(path, "pt")
         metadata = file.metadata() or {}
         starts, shapes = (json.loads(metadata.get(key, "{}")) for key in ("starts", "shapes"))
-        kind = path.name.removesuffix(_SUFFIX).rpartition("-")[0] if "starts" in metadata else path.stem
+        kind = path.name.removesuffix(SUFFIX).rpartition("-")[0] if "starts" in metadata else path.stem
         weights = self._pieces.setdefault(kind, {})
+        self._files.setdefault(kind, []).append(path.name)
         for name in file.keys():  # noqa: SIM118  # not a dict
             stored = tuple(file.get_slice(name).get_shape())
             length = torch.Size(stored).numel()
@@ -92,6 +94,10 @@ class StoredState:
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(self._pieces)
+
+    def files(self, kind: str) -> list[str]:
+        """The names of those that hold this kind."""
+        return self._files.get(kind, [])
 
     def shapes(self, kind: str) -> Shapes:
         """Of the weights that have this kind."""
@@ -119,7 +125,11 @@ class StoredState:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder}: {name} is not readable: {error}") from error
 
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """A whole tensor."""
+        shape = self._shapes[name]
+        return self.read(kind, name, 0, torch.Size(shape).numel()).reshape(shape)
+
     def whole(self, kind: str) -> dict[str, Tensor]:
         """All tensors of a kind by name."""
-        shapes = self.shapes(kind)
-        return {n: self.read(kind, n, 0, torch.Size(shape).numel()).reshape(shape) for n, shape in shapes.items()}
+        return {name: self.tensor(kind, name) for name in self.shapes(kind)}
