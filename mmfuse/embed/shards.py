@@ -22,7 +22,7 @@ from mmfuse.embed.embedder import Embedder, load
 from mmfuse.embed.store import EmbeddingStore, Form, Part
 from mmfuse.hashing import hash_int
 from mmfuse.log import hide_bar, set_up_logging
-from mmfuse.train.checkpoint import MANIFEST, MODALITIES, find_checkpoint, verify_checkpoint
+from mmfuse.train.checkpoint import AVERAGE, MODALITIES, find_checkpoint, read_manifest, verify_checkpoint
 from mmfuse.train.engines.base import MODEL
 from mmfuse.train.engines.start import join_ranks, leave_ranks
 from mmfuse.train.prefetch import node_cache, prefetching
@@ -130,10 +130,10 @@ def _uses(shards: list[int], *, ranks: list[int], world_size: int) -> Iterator[S
 
 def _identity(embedder: Embedder, source: Source) -> dict[str, object]:
     """All that the embeddings depend on."""
-    files = json.loads((embedder.checkpoint / MANIFEST).read_text())
+    prints = {name: file["blake2b"] for name, file in read_manifest(embedder.checkpoint).items()}
     return {
-        "weights": {name: file["blake2b"] for name, file in files.items() if name.startswith(MODEL)},
-        "model_files": {name: file["blake2b"] for name, file in files.items() if name.startswith(f"{MODALITIES}/")},
+        "weights": {name: text for name, text in prints.items() if name.startswith((MODEL, AVERAGE))},
+        "model_files": {name: text for name, text in prints.items() if name.startswith(f"{MODALITIES}/")},
         "run": embedder.run.name,
         "settings": f"{hash_int(json.dumps(embedder.run.model.model_dump(mode='json'), sort_keys=True)):016x}",
         "source": source.name,

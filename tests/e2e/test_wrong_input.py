@@ -287,8 +287,8 @@ def test_evaluating_what_is_no_checkpoint_or_a_damaged_one_is_refused(
         mmfuse("eval", place, fails=CHECKPOINT, says=(str(place), "is no complete checkpoint", "step_NNNNNNNN"))
     mmfuse("train", run, fails=0, says=())
     folder = tmp_path / "out/checkpoints/step_00000002"
-    damage(folder / "model.safetensors", 3000, b"\xff\xff")
-    mmfuse("eval", folder, fails=CHECKPOINT, says=(str(folder), "model.safetensors has changed", "checksum"))
+    damage(folder / "model-00000.safetensors", 3000, b"\xff\xff")
+    mmfuse("eval", folder, fails=CHECKPOINT, says=(str(folder), "model-00000.safetensors has changed", "checksum"))
     assert not folder.with_name(f"{folder.name}.evaluation").exists()
 
 
