@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mmfuse.cli_checkpoint import add_checkpoint, add_checkpoints, add_last_weights
+from mmfuse.cli_doctor import add_doctor
 from mmfuse.cli_shards import add_paths, add_shards
 from mmfuse.errors import CheckpointError, ConfigError, MmfuseError, Stopped
 from mmfuse.launch import tell_launcher
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_embed(commands)
     add_checkpoints(commands)
     add_shards(commands)
+    add_doctor(commands)
     return parser
 
 

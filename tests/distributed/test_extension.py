@@ -1,4 +1,4 @@
-"""A start that is killed while DeepSpeed's library is compiled."""
+"""A start that is killed while DeepSpeed's libraries are compiled."""
 
 import os
 import subprocess
@@ -10,21 +10,24 @@ import psutil
 import pytest
 from distributed.launches import needs_compiler
 
-LOAD = "from mmfuse.train.engines.extension import load_cpu_extension as load; load()"
+LOAD = "from mmfuse.train.engines.extension import load_extensions as load; load(adam={})"
 
 
-def start_loading(cache: Path) -> subprocess.Popen[bytes]:
+def start_loading(cache: Path, *, adam: bool) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(cache)}
     environment.pop("TORCH_EXTENSIONS_DIR", None)
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of ninja
-    return subprocess.Popen([sys.executable, "-c", LOAD], env=environment)
+    return subprocess.Popen([sys.executable, "-c", LOAD.format(adam)], env=environment)
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_two_starts_after_a_kill_in_the_compiler_do_not_wait_for_the_lock_that_it_left(tmp_path: Path) -> None:
-    killed = start_loading(tmp_path)
-    while not (logs := list(tmp_path.glob("torch_extensions/mmfuse_*/deepspeed_shm_comm/.ninja_log"))):
+@pytest.mark.parametrize(("adam", "compiled"), [(False, "deepspeed_shm_comm"), (True, "cpu_adam")])
+def test_two_starts_after_a_kill_in_the_compiler_do_not_wait_for_the_lock_that_it_left(
+    tmp_path: Path, adam: bool, compiled: str
+) -> None:
+    killed = start_loading(tmp_path, adam=adam)
+    while not (logs := list(tmp_path.glob(f"torch_extensions/mmfuse_*/{compiled}/.ninja_log"))):
         assert killed.poll() is None
         time.sleep(0.02)
     build = logs[0].parent
@@ -34,6 +37,6 @@ def test_two_starts_after_a_kill_in_the_compiler_do_not_wait_for_the_lock_that_i
         process.kill()
     killed.wait()
     assert (build / "lock").exists(), "the trap is gone: torch frees its lock"
-    again = [start_loading(tmp_path) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in again] == [0, 0]
-    assert not (build / "lock").exists()
+    again = [start_loading(tmp_path, adam=adam) for _ in range(2)]
+    assert [process.wait(timeout=600) for process in again] == [0, 0]
+    assert not (build / "lock").exists() and (build / f"{compiled}.so").exists()

@@ -17,7 +17,7 @@ FLOORS = (
     {"train"},
     {"embed"},
     {"cli_build"},
-    {"cli_shards", "cli_checkpoint"},
+    {"cli_shards", "cli_checkpoint", "cli_doctor"},
     {"cli"},
 )
 SIDEWAYS = {("objectives", "model")}

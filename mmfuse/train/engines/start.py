@@ -12,7 +12,14 @@ from accelerate.utils import DistributedType
 from mmfuse.errors import LaunchError
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.engines.ddp import DdpEngine
-from mmfuse.train.engines.strategy import Asked, check_strategy, runs_on_cpu, uses_deepspeed, uses_fsdp
+from mmfuse.train.engines.strategy import (
+    Asked,
+    check_strategy,
+    offloads_optimizer,
+    runs_on_cpu,
+    uses_deepspeed,
+    uses_fsdp,
+)
 
 _LONG_TIMEOUT = timedelta(days=7)
 """Of ranks that work on their own: who is done waits for the slowest."""
@@ -26,7 +33,7 @@ def start_engine(asked: Asked) -> Engine:
         LaunchError: what started is not what was asked for. Three such failures are silent in the libraries.
     """
     check_strategy(asked)
-    _load_extension()
+    _load_extensions(adam=offloads_optimizer())
     fsdp = uses_fsdp()
     with _without("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):
         accelerator = Accelerator(
@@ -62,7 +69,7 @@ def join_ranks() -> torch.device:
     Raises:
         LaunchError: other processes started than were asked for.
     """
-    _load_extension()
+    _load_extensions(adam=False)
     state = PartialState(cpu=not torch.cuda.is_available(), backend=_backend(), timeout=_LONG_TIMEOUT)
     _check_number(state.num_processes)
     assert state.device is not None
@@ -79,11 +86,11 @@ def _backend() -> str | None:
     return "gloo" if runs_on_cpu() and "WORLD_SIZE" in os.environ else None
 
 
-def _load_extension() -> None:
+def _load_extensions(*, adam: bool) -> None:
     if uses_deepspeed():
-        from mmfuse.train.engines.extension import load_cpu_extension  # its import alone takes seconds
+        from mmfuse.train.engines.extension import load_extensions  # its import alone takes seconds
 
-        load_cpu_extension()
+        load_extensions(adam=adam)
 
 
 def _check_launch(accelerator: Accelerator) -> None:

@@ -34,6 +34,21 @@ def runs_on_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
 
 
+def offloads_optimizer() -> bool:
+    """Whether Adam steps in the host's memory, which Accelerate leaves to a library of DeepSpeed's.
+
+    Raises:
+        ConfigError: the user's DeepSpeed JSON is none.
+    """
+    device, path = "auto", os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path != "none":
+        offload = _read_json(path)["zero_optimization"].get("offload_optimizer") or {}
+        device = offload.get("device") or "none"
+    if device == "auto":
+        device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+    return device.lower() not in ("none", "")
+
+
 def check_strategy(asked: Asked) -> None:
     """Compares the run with the files that the launcher read.
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import make_batch
+from batches import make_batch, tiny_task
 from unit.train.tiny_runs import read_lines
 
 from mmfuse.data.decode import SOURCE_BITS
 from mmfuse.train.metrics import MetricsWriter, SkippedSteps
+from mmfuse.train.speed import Speed
 from mmfuse.types import StepOutput
 
 CPU = torch.device("cpu")
@@ -22,7 +23,8 @@ BATCH = replace(make_batch("ti ti ti"), sample_id=torch.tensor([0, 1 << SOURCE_B
 
 @pytest.fixture
 def metrics(tmp_path: Path) -> Iterator[MetricsWriter]:
-    writer = MetricsWriter(tmp_path, start=0, stop=9, device=CPU, sources=["a", "b"])
+    speed = Speed(tiny_task(("contrastive",)), CPU)
+    writer = MetricsWriter(tmp_path, start=0, stop=9, speed=speed, sources=["a", "b"])
     yield writer
     writer.close()
 
@@ -31,7 +33,7 @@ def take_step(metrics: MetricsWriter, *losses: float, norm: float = 1.0) -> None
     """Of a micro-step for each loss; that of the first source's row is 10 more than the others'."""
     for loss in losses:
         rows = torch.arange(3), torch.tensor([loss + 10, loss, loss])
-        output = StepOutput(torch.tensor(loss), {TERM: torch.tensor(loss)}, {TERM: rows})
+        output = StepOutput(torch.tensor(loss), {TERM: torch.tensor(loss)}, {TERM: rows}, tokens={})
         metrics.add(output, BATCH, share=1 / len(losses))
     metrics.end_step(torch.tensor(norm))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmfuse.errors import ConfigError
-from mmfuse.train.engines.strategy import Asked, check_strategy
+from mmfuse.train.engines.strategy import Asked, check_strategy, offloads_optimizer
 
 ASKED = Asked("bf16", 2, 1.5, timeout_seconds=60)
 Check = Callable[..., None]
@@ -139,3 +139,30 @@ def test_a_json_without_a_stage_of_zero_is_refused(check: Check, text: str, mess
 def test_a_json_that_is_not_there_is_named(check: Check) -> None:
     with pytest.raises(ConfigError, match=r"no/such\.json: .*No such file"):
         check(USE_DEEPSPEED="true", DEEPSPEED_CONFIG_FILE="no/such.json")
+
+
+@pytest.mark.parametrize(
+    ("zero", "variable", "expected"),
+    [
+        (None, None, False),
+        (None, "none", False),
+        (None, "cpu", True),
+        ({}, "cpu", False),  # a JSON is all there is
+        ({"offload_optimizer": {"device": "cpu"}}, "none", True),
+        ({"offload_optimizer": {"device": "none"}, "offload_param": {"device": "cpu"}}, None, False),
+        ({"offload_optimizer": None}, None, False),
+        ({"offload_optimizer": {"device": "auto"}}, "cpu", True),
+        ({"offload_optimizer": {"device": "auto"}}, None, False),
+    ],
+)
+def test_adam_in_the_host_s_memory_is_known_from_the_yaml_or_the_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, zero: dict[str, Any] | None, variable: str | None, expected: bool
+) -> None:
+    path = tmp_path / "strategy.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **(zero or {})}}))
+    said = {"CONFIG_FILE": None if zero is None else str(path), "OFFLOAD_OPTIMIZER_DEVICE": variable}
+    for name, value in said.items():
+        monkeypatch.delenv(f"ACCELERATE_DEEPSPEED_{name}", raising=False)
+        if value is not None:
+            monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+    assert offloads_optimizer() == expected

@@ -1,0 +1,1 @@
+"""Checks of the environment that a run will meet."""
