@@ -23,6 +23,7 @@ from mmfuse.task import Task
 from mmfuse.train.accumulation import micro_steps
 from mmfuse.train.engines.base import Engine
 from mmfuse.train.engines.start import start_engine
+from mmfuse.train.engines.strategy import Asked
 from mmfuse.train.optim import OptimizerConfig, build_optimizer
 from mmfuse.train.run import load_run
 from mmfuse.types import Batch, Features, Sample
@@ -57,7 +58,7 @@ def measure(count: int, batch: int) -> dict[str, float]:
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     task = Task(load_run("emoji").model, {n: find_plugin("mmfuse.objectives", n).Config() for n in OBJECTIVES}, seed=0)
-    engine = start_engine(precision="fp32", accumulation=count)
+    engine = start_engine(Asked("fp32", count, 1.0, timeout_seconds=600))
     engine.wrap(task.train(), build_optimizer(task, OptimizerConfig()), clip_norm=1.0, rank_rows=batch // count)
     batches = make_batches(load_run("emoji").model, batch=batch, count=count)
     before = _peak_megabytes()
@@ -70,8 +71,9 @@ def measure(count: int, batch: int) -> dict[str, float]:
 def run_step(engine: Engine, task: Task, batches: list[Batch]) -> float:
     """One optimizer step of the training loop."""
     losses = []
-    for batch, seen in micro_steps(engine, task.comparisons, iter(batches), count=len(batches), seed=0):
-        with engine.accumulate():
+    steps = micro_steps(engine, task.comparisons, iter(batches), count=len(batches), seed=0)
+    for number, (batch, seen) in enumerate(steps, start=1):
+        with engine.accumulate(last=number == len(batches)):
             output = engine.forward(batch, seen)
             engine.backward(output.loss)
         losses.append(output.loss.item())

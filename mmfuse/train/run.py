@@ -81,7 +81,8 @@ class TrainConfig(Settings):
     record_samples: bool = False
     """Write the keys of every batch to `samples.rankN.jsonl`, for audits."""
     max_skipped_steps: NonNegativeInt = 10
-    """A step whose gradient is NaN or infinite changes nothing; more than so many of them in a row end the run."""
+    """A step whose gradient is NaN or infinite changes nothing; more than so many of them in a row, or half of all
+    steps, end the run."""
     hang_seconds: PositiveFloat = 1800
     """Longest time without progress, such as one step, one evaluation batch, or one checkpoint; then the run ends with
     exit code 75 and names the rank that the others wait for."""

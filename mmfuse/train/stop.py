@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -27,8 +28,8 @@ class StopRequest:
         self._asked = False
         self._looked = -1.0
         self._owner = os.getpid()
-        for number in SIGNALS:
-            signal.signal(number, self._hear)
+        is_main = threading.current_thread() is threading.main_thread()  # no other may hear signals
+        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS if is_main}
         is_alone = not distributed.is_initialized() or distributed.get_world_size() == 1
         # Its own group on the CPU: nothing of training waits for this exchange, nor it for training.
         self._group = None if is_alone else distributed.new_group(backend="gloo")
@@ -49,6 +50,11 @@ class StopRequest:
         self._flag = torch.tensor(int(self._is_asked()), dtype=torch.int32)
         self._exchange = distributed.all_reduce(self._flag, distributed.ReduceOp.MAX, self._group, async_op=True)
         return answer
+
+    def close(self) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def honour(self) -> None:
         """The request was followed: it must not stop the next start too."""

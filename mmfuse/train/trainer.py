@@ -1,10 +1,11 @@
 """The training loop."""
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from mmfuse.errors import Stopped, TrainingError
+from mmfuse.errors import MmfuseError, Stopped, TrainingError
 from mmfuse.hashing import hash_int
 from mmfuse.log import set_up_logging
 from mmfuse.task import Task
@@ -60,8 +61,19 @@ def train(run: RunConfig) -> Path:
     )
     set_up_logging(rank=engine.rank)
     run.check_world_size(engine.world_size)
-    stop, store = StopRequest(run.folder), open_store()
-    data = TrainingData(run)
+    with closing(StopRequest(run.folder)) as stop:
+        training, start = prepare(run, engine)
+        with closing(training.watchdog):
+            done = go_on(training, stop, start=start)
+        engine.close()
+    if done < run.train.steps:
+        raise Stopped(f"stopped on request after step {done} of {run.train.steps}; started again, it goes on")
+    return run.folder
+
+
+def prepare(run: RunConfig, engine: Engine) -> tuple[Training, int]:
+    """All that a run trains with, and the step from which it goes on."""
+    store, data = open_store(), TrainingData(run)
     checkpoint = newest_checkpoint(run, data.plan.identity())
     check_same_on_all_ranks(run, data.plan.identity(), checkpoint)
     model = stored_model(run.model, checkpoint) if checkpoint else run.model
@@ -79,24 +91,29 @@ def train(run: RunConfig) -> Path:
     write_environment(run.folder, run, strategy=engine.name)
     write_model_files(run.folder, model)
     evaluator.forget_after(start, folder=run.folder)
+    saver, limit = CheckpointSaver(run, engine, shapes, store), run.train.hang_seconds
     watchdog = Watchdog(store, rank=engine.rank, world_size=engine.world_size, limit_seconds=limit, folder=run.folder)
     evaluator.on_batch = watchdog.beat
-    saver = CheckpointSaver(run, engine, shapes, store)
-    training = Training(run, engine, task, data, evaluator, average, saver, watchdog, speed)
+    return Training(run, engine, task, data, evaluator, average, saver, watchdog, speed), start
+
+
+def go_on(training: Training, stop: StopRequest, *, start: int) -> int:
+    """Trains from step `start` with all that comes before and after; returns how many steps are done."""
+    run, saver = training.run, training.saver
     if start == 0:
         evaluate(training, step=0)
-    done = fit(training, stop, start=start)
-    with watchdog.phase("end of the last checkpoint"):
+    try:
+        done = fit(training, stop, start=start)
+    except MmfuseError:
+        saver.wait()  # what it still writes is worth more than the time, and would end with the process
+        raise
+    with training.watchdog.phase("end of the last checkpoint"):
         saver.finish()
     if done < run.train.steps:
         stop.honour()
-        watchdog.close()
-        engine.close()
-        raise Stopped(f"stopped on request after step {done} of {run.train.steps}; started again, it goes on")
-    evaluator.report(evaluate(training, step=done), run.folder)
-    watchdog.close()
-    engine.close()
-    return run.folder
+    else:
+        training.evaluator.report(evaluate(training, step=done), run.folder)
+    return done
 
 
 def fit(training: Training, stop: StopRequest, *, start: int) -> int:
@@ -164,10 +181,11 @@ def check_skipped(numbers: dict[str, float], config: TrainConfig, *, step: int) 
     Raises:
         TrainingError: too many steps in a row had a gradient that is NaN or infinite.
     """
-    if numbers["skipped_in_a_row"] > config.max_skipped_steps:
+    limit = min(config.max_skipped_steps, config.steps // 2)
+    if numbers["skipped_in_a_row"] > limit:
         raise TrainingError(
             f"{numbers['skipped_in_a_row']:.0f} steps in a row, up to step {step}, were skipped for a gradient that is "
-            f"NaN or infinite (train.max_skipped_steps = {config.max_skipped_steps}); the weights are those of before. "
+            f"NaN or infinite ({limit} may be: train.max_skipped_steps); the weights are those of before. "
             "Lower the learning rate, raise optimizer.warmup_steps, or use precision fp32"
         )
 

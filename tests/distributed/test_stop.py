@@ -65,9 +65,14 @@ def stop(strategy: str, run: Path, output: Path, *, ask) -> int:
     return step
 
 
+def test_a_signal_to_the_launcher_all_ranks_and_their_loader_workers_stops_the_run_with_a_checkpoint(run: Path) -> None:
+    assert stop("ddp", run, run.parent / "once", ask=signal_everything) < STEPS
+
+
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_every_way_equals_one_that_was_not(run: Path) -> None:
     output, alone = run.parent / "stopped", run.parent / "alone"
-    for ask in (signal_script, signal_everything, signal_one_rank, write_file):
+    for ask in (signal_script, signal_one_rank, write_file):
         assert stop("ddp", run, output, ask=ask) < STEPS
     for folder in (output, alone):
         finish(start("ddp", run, folder), folder)

@@ -80,12 +80,17 @@ def _environment_contradictions(asked: Asked) -> list[str]:
         steps = said["GRADIENT_ACCUMULATION_STEPS"]
         problems.append(f"gradient_accumulation_steps: {steps}, but train.accumulation = {asked.accumulation}")
     clip = said["GRADIENT_CLIPPING"]
-    if clip not in ("", "auto", "none") and float(clip) != (asked.clip_norm or 0):
+    if clip not in ("", "auto", "none", *_spellings(asked.clip_norm or 0.0)):
         problems.append(f"gradient_clipping: {clip}, but optimizer.clip_norm = {asked.clip_norm}")
     return problems
 
 
 _ENVIRONMENT = ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING")
+
+
+def _spellings(number: float) -> set[str]:
+    """As a YAML file may write it."""
+    return {str(number), f"{number:g}"}
 
 
 def _json_contradictions(config: Mapping[str, Any], asked: Asked) -> list[str]:
@@ -102,7 +107,8 @@ def _json_contradictions(config: Mapping[str, Any], asked: Asked) -> list[str]:
     problems += [f"{key}: the run decides; set it to auto" for key in _BATCH if config.get(key, "auto") != "auto"]
     problems += [f"{key}: the run has its own; take it out" for key in ("optimizer", "scheduler") if key in config]
     for precision in ("bf16", "fp16"):
-        enabled = config.get(precision, {}).get("enabled", "auto")
+        section = config.get(precision, {})
+        enabled = section.get("enabled", "auto") if isinstance(section, dict) else section
         if enabled not in ("auto", asked.precision == precision):
             problems.append(f"{precision}.enabled: {enabled}, but train.precision = {asked.precision}")
     return problems

@@ -1,6 +1,9 @@
 """The loop: a resume repeats the dropout, micro-steps add up to a step, and what is not finite never gets saved."""
 
 import math
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +22,12 @@ from unit.train.tiny_runs import (
 
 from mmfuse.errors import TrainingError
 from mmfuse.task import Task
-from mmfuse.train.checkpoint import read_facts, verify_checkpoint
+from mmfuse.train.checkpoint import complete_checkpoints, read_facts, verify_checkpoint
 from mmfuse.train.engines.base import MOMENTS
 from mmfuse.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from mmfuse.train.run import load_run
+from mmfuse.train.state_files import write_parts
+from mmfuse.train.stop import SIGNALS
 from mmfuse.types import Batch
 
 DROPOUT = "model.modalities.text.dropout=0.3"
@@ -162,3 +167,27 @@ def test_weights_that_ranks_do_not_share_stop_the_run_and_are_not_saved(
     with pytest.raises(TrainingError, match=r"different weights at step \d+, such as model\.\S+ \(2 of them\)"):
         train_tiny(tiny_run, tmp_path / "out")
     assert not list((tmp_path / "out").glob("checkpoints/*"))
+
+
+def test_an_error_leaves_the_checkpoint_before_it_whole_and_nothing_running(
+    tiny_run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def write_slowly(*arguments, **settings) -> Path:
+        time.sleep(0.2)
+        return write_parts(*arguments, **settings)
+
+    def spoil_from_the_third_on(task: Task, batch: Batch) -> None:
+        if batch.step == 2:
+            spoil_gradients(task, once=False)
+
+    monkeypatch.setattr("mmfuse.train.saver.write_parts", write_slowly)
+    before = set(threading.enumerate()), [signal.getsignal(number) for number in SIGNALS]
+    with before_each_micro_step(spoil_from_the_third_on), pytest.raises(TrainingError):
+        train_tiny(tiny_run, tmp_path / "out", "train.max_skipped_steps=1")
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert complete_checkpoints(checkpoints) == [checkpoints / "step_00000002"]
+    for thread in set(threading.enumerate()) - before[0]:
+        thread.join(timeout=1)
+    names = [thread.name for thread in set(threading.enumerate()) - before[0]]
+    assert "watchdog" not in names and "checkpoint" not in names  # in half an hour it would end this process
+    assert [signal.getsignal(number) for number in SIGNALS] == before[1]
