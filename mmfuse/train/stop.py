@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from mmfuse.distributed import rank
 from mmfuse.launch import launch_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -22,7 +23,7 @@ class StopRequest:
 
     def __init__(self, folder: Path) -> None:
         """Listens from here on; on all ranks."""
-        self._files = [folder / STOP]
+        self._files = [folder / STOP] if rank() == 0 else []  # a shared file system: not every rank of hundreds asks it
         if launch := launch_folder():
             self._files.append(launch / "stop")
         self._asked = False

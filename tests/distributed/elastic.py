@@ -46,7 +46,7 @@ class Elastic:
 
     def whole(self, place: Place) -> Path:
         """The folder of an uninterrupted run in a place."""
-        folder = self.folder / f"whole_{place}"
+        folder = self.folder / ("alone" if place == PLACES[0] else f"whole_{place}")
         if not folder.exists():
             train_many(place.strategy, self.run, self.folder, {folder.name: _SETTINGS}, processes=place.ranks)
         return folder

@@ -276,6 +276,7 @@ def test_a_learning_rate_that_is_far_too_high_ends_the_run_and_leaves_the_weight
     mmfuse: Command, tmp_path: Path, run: Path, fresh_accelerator: None
 ) -> None:
     settings = ("--set", "optimizer.encoder_learning_rate=1e9", "--set", "train.checkpoint_every=1")
+    settings += ("--set", "train.steps=4")
     says = ("were skipped for a gradient that is NaN or infinite", "Lower the learning rate, raise optimizer.warmup")
     mmfuse("train", run, *settings, fails=TRAINING, says=says)
     weights = StoredState(complete_checkpoints(tmp_path / "out/checkpoints")[-1]).whole("model")

@@ -79,18 +79,25 @@ def _environment_contradictions(asked: Asked) -> list[str]:
     if said["GRADIENT_ACCUMULATION_STEPS"] not in ("", "1", "auto", str(asked.accumulation)):
         steps = said["GRADIENT_ACCUMULATION_STEPS"]
         problems.append(f"gradient_accumulation_steps: {steps}, but train.accumulation = {asked.accumulation}")
+    if "nvme" in (said["DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"], said["DEEPSPEED_OFFLOAD_PARAM_DEVICE"]):
+        problems.append("offload to nvme: checkpoints would not find what lies there; use cpu")
     clip = said["GRADIENT_CLIPPING"]
-    if clip not in ("", "auto", "none", *_spellings(asked.clip_norm or 0.0)):
+    if clip not in ("", "auto", "none") and not _is_number(clip, asked.clip_norm or 0.0):
         problems.append(f"gradient_clipping: {clip}, but optimizer.clip_norm = {asked.clip_norm}")
     return problems
 
 
-_ENVIRONMENT = ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING")
+_ENVIRONMENT = (
+    *("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"),
+    *("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
+)
 
 
-def _spellings(number: float) -> set[str]:
-    """As a YAML file may write it."""
-    return {str(number), f"{number:g}"}
+def _is_number(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
 
 
 def _json_contradictions(config: Mapping[str, Any], asked: Asked) -> list[str]:
@@ -104,6 +111,9 @@ def _json_contradictions(config: Mapping[str, Any], asked: Asked) -> list[str]:
         for key, (value, setting) in expected.items()
         if config.get(key, "auto") not in ("auto", value)
     ]
+    offload = [config["zero_optimization"].get(f"offload_{what}") or {} for what in ("optimizer", "param")]
+    if any(part.get("device") == "nvme" for part in offload):
+        problems.append("offload to nvme: checkpoints would not find what lies there; use cpu")
     problems += [f"{key}: the run decides; set it to auto" for key in _BATCH if config.get(key, "auto") != "auto"]
     problems += [f"{key}: the run has its own; take it out" for key in ("optimizer", "scheduler") if key in config]
     for precision in ("bf16", "fp16"):
