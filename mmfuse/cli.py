@@ -8,12 +8,12 @@ from pathlib import Path
 from mmfuse.cli_checkpoint import add_checkpoint, add_checkpoints, add_last_weights
 from mmfuse.cli_doctor import add_doctor
 from mmfuse.cli_shards import add_paths, add_shards
-from mmfuse.errors import CheckpointError, ConfigError, MmfuseError, Stopped
-from mmfuse.launch import tell_launcher
+from mmfuse.errors import ConfigError, MmfuseError, Stopped
+from mmfuse.launch import forget_outcome, tell_launcher
 from mmfuse.log import set_up_logging
 from mmfuse.version import VERSION
 
-_GLOBAL_ERRORS = (ConfigError, CheckpointError, Stopped)
+_GLOBAL_ERRORS = (ConfigError, Stopped)
 """Errors that every rank meets; rank 0 speaks for all."""
 
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.command(options)
     except MmfuseError as error:
         stopped = isinstance(error, Stopped)
-        if rank == 0 or not isinstance(error, _GLOBAL_ERRORS):
+        if rank == 0 or not (error.on_all_ranks or isinstance(error, _GLOBAL_ERRORS)):
             print(f"mmfuse: {error}" if stopped else f"mmfuse: error: {error}", file=sys.stderr)
         is_told = tell_launcher(error.exit_code)
         return 0 if stopped and is_told else error.exit_code  # anything but 0 looks to torchrun like a crash
@@ -124,6 +124,7 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from mmfuse.train.run import load_run
 
+    forget_outcome()
     run = load_run(options.run, overrides=options.overrides)
     from mmfuse.train.trainer import train
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmfuse.errors import MmfuseError
+from mmfuse.errors import MmfuseError, on_all_ranks
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def raise_together(act: Callable[[], object] | None) -> None:
     if world_size() > 1:
         dist.all_gather_object(problems, problem)
     for error_class, text in filter(None, problems):
-        raise error_class(text)
+        raise on_all_ranks(error_class)(text)
 
 
 def first_rank_decides(act: Callable[[], T]) -> T:

@@ -1,10 +1,29 @@
 """The errors that a user can cause and mend. Each says what, where, and what to do."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 
 class MmfuseError(Exception):
     """Base of all errors that end a command with a message instead of a traceback."""
 
     exit_code = 1
+    on_all_ranks = False
+    """Whether every rank has the same error, so that one may speak for all."""
+
+
+E = TypeVar("E", bound=MmfuseError)
+
+
+def on_all_ranks(error_class: type[E]) -> Callable[[str], E]:
+    """Makes an error that every rank raises with the same words."""
+
+    def make(message: str) -> E:
+        error = error_class(message)
+        error.on_all_ranks = True
+        return error
+
+    return make
 
 
 class ConfigError(MmfuseError):

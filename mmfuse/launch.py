@@ -13,6 +13,13 @@ def launch_folder() -> Path | None:
     return Path(folder) if folder else None
 
 
+def forget_outcome() -> None:
+    """A process of this node begins again: how an earlier attempt ended is no longer true."""
+    folder = launch_folder()
+    if folder and os.environ.get("LOCAL_RANK", "0") == "0":
+        (folder / "outcome").unlink(missing_ok=True)
+
+
 def tell_launcher(exit_code: int) -> bool:
     """Leaves the exit code for the script; says whether there is one to read it."""
     folder = launch_folder()

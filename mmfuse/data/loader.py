@@ -24,6 +24,10 @@ _PLANNED_AT_ONCE = 2048
 """Samples whose places are computed in one go: alone, each would cost a hundred times as much."""
 
 
+_SECONDS_AFTER_SIGTERM = 20
+"""That a worker lives on."""
+
+
 class BatchRequest(NamedTuple):
     """What the sampler asks a worker for."""
 
@@ -124,5 +128,7 @@ def _unchanged(item: Batch | MmfuseError) -> Batch | MmfuseError:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # workers share the cores; their tensors are small
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # a scheduler asks all processes to stop; the run decides when
+    # A scheduler asks all processes to stop, and the run needs its batches until it has agreed when. But a run that
+    # dies ends its workers by the same signal, and waits for them.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -79,7 +79,10 @@ def publish_checkpoint(temporary: Path, written: Fingerprints, *, facts: dict[st
     complete_files(temporary, written, facts=facts)
     shutil.rmtree(final, ignore_errors=True)
     rename_folder(temporary, final)
-    _remove_others(final, keep)
+    try:
+        _remove_others(final, keep)
+    except OSError as error:  # somebody reads it on a network file system; the next checkpoint tries again
+        logger.warning("an old checkpoint could not be removed: %s", error)
     return final
 
 
@@ -168,10 +171,13 @@ def verify_checkpoint(folder: Path, *, contents: bool = False, on_read: Callable
     files = read_manifest(folder)
     for name, fingerprint in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
-            raise CheckpointError(f"{folder}: {name} is missing or has another size than when it was written")
-        if contents and _fingerprint(path, on_read) != fingerprint:
-            raise CheckpointError(f"{folder}: {name} has changed since it was written (checksum)")
+        try:
+            if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
+                raise CheckpointError(f"{folder}: {name} is missing or has another size than when it was written")
+            if contents and _fingerprint(path, on_read) != fingerprint:
+                raise CheckpointError(f"{folder}: {name} has changed since it was written (checksum)")
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {name} is not readable: {error}") from error
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmfuse.data.blend import WeightSegment
-from mmfuse.distributed import first_rank_decides
-from mmfuse.errors import CheckpointError, ConfigError
+from mmfuse.distributed import first_rank_decides, raise_together
+from mmfuse.errors import CheckpointError, ConfigError, on_all_ranks
 from mmfuse.modalities.base import Encoder
 from mmfuse.model.blocks import checkpoint_activations, compile_blocks
 from mmfuse.model.model import ModelConfig
@@ -114,6 +114,7 @@ def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
     checkpoint = first_rank_decides(find)
     if checkpoint is None:
         return None
+    raise_together(lambda: verify_checkpoint(checkpoint))  # before anyone reads: a node may not see the folder
     if CONSOLIDATED in read_facts(checkpoint):
         raise CheckpointError(
             f"{checkpoint} was consolidated: it holds weights without Adam's moments, from which no run goes on; move "
@@ -131,7 +132,7 @@ def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
             f"train.steps: it has done {read_facts(checkpoint)['step']} steps, this run ends after {run.train.steps}"
         )
     if changed:
-        raise CheckpointError(
+        raise on_all_ranks(CheckpointError)(
             f"{checkpoint} belongs to another run. Give the settings back, or choose another name or output_dir:\n  "
             + "\n  ".join(changed)
         )

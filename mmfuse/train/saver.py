@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import Store
 
 from mmfuse.data.plan import DataPlan
 from mmfuse.distributed import find_differences
-from mmfuse.errors import CheckpointError, TrainingError
+from mmfuse.errors import CheckpointError, TrainingError, on_all_ranks
 from mmfuse.train.average import WeightAverage
 from mmfuse.train.checkpoint import (
     AVERAGE,
@@ -67,7 +67,7 @@ class CheckpointSaver:
             TrainingError: ranks whose weights should be the same have different ones.
         """
         if wrong := find_differences(self._engine.replicas()):
-            raise TrainingError(
+            raise on_all_ranks(TrainingError)(
                 f"ranks have different weights at step {step}, such as {wrong[0]} ({len(wrong)} of them); the newest "
                 "checkpoint is from before. Different GPUs or CPUs among the ranks, bad memory, or code that changes "
                 "weights on one rank alone may be the cause"
@@ -89,10 +89,10 @@ class CheckpointSaver:
         else:
             self._write(job)
 
-    def wait(self) -> str:
+    def wait(self, seconds: float | None = None) -> str:
         """Until the last checkpoint is written, or is known not to be; on all ranks the same error, or nothing."""
         if self._thread:
-            self._thread.join()
+            self._thread.join(seconds)
             self._thread = None
         return self._error
 
@@ -103,7 +103,7 @@ class CheckpointSaver:
             CheckpointError: it could not be written, on all ranks.
         """
         if error := self.wait():
-            raise CheckpointError(error)
+            raise on_all_ranks(CheckpointError)(error)
 
     def _copy_parts(self, average: WeightAverage) -> dict[str, list[Part]]:
         engine = self._engine
@@ -116,6 +116,7 @@ class CheckpointSaver:
 
     def _write(self, job: _Job) -> None:
         """This rank's files; rank 0 then waits for those of the others and gives the checkpoint its name."""
+        self._error = f"the writing of the checkpoint of step {job.step} ended without a word"
         try:
             outcome = {"files": self._write_files(job), "error": ""}
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
@@ -148,7 +149,7 @@ class CheckpointSaver:
                 raise CheckpointError(errors[0])
             written = {name: print_ for outcome in outcomes for name, print_ in outcome["files"].items()}
             publish_checkpoint(temporary, written, facts=job.facts, keep=keep)
-        except (OSError, CheckpointError) as error:
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             shutil.rmtree(temporary, ignore_errors=True)
             return (
                 f"the checkpoint of step {job.step} was not written: {error}. The one before is still the newest; "

@@ -11,7 +11,7 @@ from typing import Any
 from torch import distributed
 
 from mmfuse.distributed import world_size
-from mmfuse.errors import LaunchError
+from mmfuse.errors import LaunchError, on_all_ranks
 from mmfuse.train.checkpoint import MANIFEST
 from mmfuse.train.environment import library_versions
 from mmfuse.train.run import RunConfig
@@ -36,7 +36,7 @@ def check_same_on_all_ranks(run: RunConfig, identity: Mapping[str, Any], checkpo
     everywhere: list[tuple[str, dict[str, str]]] = [("", {})] * world_size()
     distributed.all_gather_object(everywhere, (socket.gethostname(), facts))
     if problems := find_odd_ranks(everywhere):
-        raise LaunchError("ranks do not see the same: " + "; ".join(problems))
+        raise on_all_ranks(LaunchError)("ranks do not see the same: " + "; ".join(problems))
 
 
 def find_odd_ranks(everywhere: list[tuple[str, dict[str, str]]]) -> list[str]:

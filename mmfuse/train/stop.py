@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ _LOOKS_EVERY_SECONDS = 0.5
 class StopRequest:
     """Whether somebody asked this run to stop."""
 
-    def __init__(self, folder: Path) -> None:
-        """Listens from here on; on all ranks."""
+    def __init__(self, folder: Path, *, timeout_seconds: float) -> None:
+        """Listens from here on; on all ranks. The time-out is that of the exchange between them."""
         self._files = [folder / STOP] if rank() == 0 else []  # a shared file system: not every rank of hundreds asks it
         if launch := launch_folder():
             self._files.append(launch / "stop")
@@ -33,7 +34,9 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS if is_main}
         is_alone = not distributed.is_initialized() or distributed.get_world_size() == 1
         # Its own group on the CPU: nothing of training waits for this exchange, nor it for training.
-        self._group = None if is_alone else distributed.new_group(backend="gloo")
+        self._group = (
+            None if is_alone else distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        )
         self._flag = torch.zeros((), dtype=torch.int32)
         self._exchange: distributed.Work | None = None
 

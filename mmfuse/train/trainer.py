@@ -5,7 +5,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from mmfuse.errors import MmfuseError, Stopped, TrainingError
+from mmfuse.distributed import first_rank_decides
+from mmfuse.errors import MmfuseError, Stopped, TrainingError, on_all_ranks
 from mmfuse.hashing import hash_int
 from mmfuse.log import set_up_logging
 from mmfuse.task import Task
@@ -31,6 +32,10 @@ from mmfuse.train.stop import StopRequest
 from mmfuse.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+
+_SECONDS_FOR_LAST_CHECKPOINT = 60.0
+"""To be written, where training ends in an error; on many ranks some may be gone, and it never is."""
 
 
 class Training(NamedTuple):
@@ -61,7 +66,7 @@ def train(run: RunConfig) -> Path:
     )
     set_up_logging(rank=engine.rank)
     run.check_world_size(engine.world_size)
-    with closing(StopRequest(run.folder)) as stop:
+    with closing(StopRequest(run.folder, timeout_seconds=2 * limit)) as stop:
         training, start = prepare(run, engine)
         with closing(training.watchdog):
             done = go_on(training, stop, start=start)
@@ -78,9 +83,8 @@ def prepare(run: RunConfig, engine: Engine) -> tuple[Training, int]:
     check_same_on_all_ranks(run, data.plan.identity(), checkpoint)
     model = stored_model(run.model, checkpoint) if checkpoint else run.model
     evaluator = Evaluator(run, model)
-    if engine.rank == 0:  # once a run: a rank looks at each shard again when it opens it
-        for source in (*data.sources, *evaluator.sources.values()):
-            source.check_shards()
+    opened = (*data.sources, *evaluator.sources.values())
+    first_rank_decides(lambda: [source.check_shards() for source in opened])  # once: later, at each shard's first use
     task = Task(model, run.objective_configs, seed=run.seed)
     check_fed(run, data.sources)  # after the task, which knows better where the model lacks something
     _describe_start(run, engine, data, task)
@@ -105,13 +109,12 @@ def go_on(training: Training, stop: StopRequest, *, start: int) -> int:
     try:
         done = fit(training, stop, start=start)
     except MmfuseError:
-        saver.wait()  # what it still writes is worth more than the time, and would end with the process
+        saver.wait(_SECONDS_FOR_LAST_CHECKPOINT)  # which would end with the process
         raise
     with training.watchdog.phase("end of the last checkpoint"):
         saver.finish()
-    if done < run.train.steps:
-        stop.honour()
-    else:
+    stop.honour()  # also where it came too late
+    if done == run.train.steps:
         training.evaluator.report(evaluate(training, step=done), run.folder)
     return done
 
@@ -183,7 +186,7 @@ def check_skipped(numbers: dict[str, float], config: TrainConfig, *, step: int) 
     """
     limit = min(config.max_skipped_steps, config.steps // 2)
     if numbers["skipped_in_a_row"] > limit:
-        raise TrainingError(
+        raise on_all_ranks(TrainingError)(
             f"{numbers['skipped_in_a_row']:.0f} steps in a row, up to step {step}, were skipped for a gradient that is "
             f"NaN or infinite ({limit} may be: train.max_skipped_steps); the weights are those of before. "
             "Lower the learning rate, raise optimizer.warmup_steps, or use precision fp32"

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from mmfuse.launch import tell_launcher
 logger = logging.getLogger(__name__)
 
 _LOOKS_PER_LIMIT = 20
+_LAST_RESORT_SECONDS = 10.0
 
 
 class Beat(NamedTuple):
@@ -85,10 +86,8 @@ class Watchdog:
         while not self._closed.wait(interval):
             waited = time.monotonic() - self._since
             beat = Beat(self._number, self._step, self._phase, waited, socket.gethostname(), *_main_thread_place())
-            try:
+            with suppress(RuntimeError):  # rank 0, which keeps the store, may be gone
                 self._store.set(f"beat {self._rank}", json.dumps([*beat[:-1], time.time()]))
-            except RuntimeError:  # rank 0, which keeps the store, is gone: the launcher knows
-                return
             if waited > self._limit:
                 self._closed.wait(3 * interval)  # until the others have written too
                 if not self._closed.is_set() and time.monotonic() - self._since > self._limit:
@@ -96,14 +95,21 @@ class Watchdog:
 
     def _end(self) -> None:
         """Says what is known, and ends the process: nothing else can interrupt a collective."""
-        with open(self._folder / f"hang.rank{self._rank}.txt", "w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        beats = self._read_beats()
-        alive = [rank for rank, beat in beats.items() if beat and beat.age < self._limit / 4]
-        if self._rank == min(alive, default=self._rank):
-            logger.error("%s\n  stacks: %s", describe_hang(beats, self._limit), self._folder / "hang.rank*.txt")
         tell_launcher(Stopped.exit_code)
-        time.sleep(self._limit / _LOOKS_PER_LIMIT)  # the launcher kills all when one ends: let the others write
+        grace = self._limit / _LOOKS_PER_LIMIT
+        # Whatever hangs below too, such as the file system that all wait for: the process ends.
+        last_resort = threading.Timer(2 * grace + _LAST_RESORT_SECONDS, os._exit, [Stopped.exit_code])
+        last_resort.daemon = True
+        last_resort.start()
+        with suppress(RuntimeError):
+            beats = self._read_beats()
+            alive = [rank for rank, beat in beats.items() if beat and beat.age < self._limit / 4]
+            if self._rank == min(alive, default=self._rank):
+                logger.error("%s\n  stacks: %s", describe_hang(beats, self._limit), self._folder / "hang.rank*.txt")
+        with suppress(OSError), open(self._folder / f"hang.rank{self._rank}.txt", "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        # The launcher kills all when one ends, and the store ends with rank 0: let the others write.
+        time.sleep(grace if self._rank else 2 * grace)
         os._exit(Stopped.exit_code)
 
     def _read_beats(self) -> dict[int, Beat | None]:

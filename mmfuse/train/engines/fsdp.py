@@ -55,8 +55,10 @@ class FsdpEngine(Engine):
     def _gathered(self) -> Iterator[None]:
         assert isinstance(self.task, FSDPModule)
         self.task.unshard()
-        yield
-        self.task.reshard()
+        try:
+            yield
+        finally:
+            self.task.reshard()
 
     def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         """Those outside of blocks, as the objectives' are."""
@@ -68,7 +70,7 @@ class FsdpEngine(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss / self.accelerator.gradient_accumulation_steps).backward()
 
     def step(self) -> Tensor:
         norm: Any = nn.utils.clip_grad_norm_(self.trained.values(), self.clip_norm or torch.inf)

@@ -119,6 +119,8 @@ def _json_contradictions(config: Mapping[str, Any], asked: Asked) -> list[str]:
     for precision in ("bf16", "fp16"):
         section = config.get(precision, {})
         enabled = section.get("enabled", "auto") if isinstance(section, dict) else section
+        if isinstance(section, dict) and not section.get("check_grad_overflow", True):
+            problems.append(f"{precision}.check_grad_overflow: without it a NaN would be learned; take it out")
         if enabled not in ("auto", asked.precision == precision):
             problems.append(f"{precision}.enabled: {enabled}, but train.precision = {asked.precision}")
     return problems
