@@ -8,7 +8,7 @@
 # Read from the environment, all optional:
 #   NUM_PROCESSES      processes over all machines (default: GPUs of all machines; without GPUs 2 a machine)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT      for more than one node
-#   MAX_RESTARTS       how often to start again, from the newest checkpoint, when a process dies (default 0)
+#   MAX_RESTARTS       how often to start again, from the newest checkpoint, after a process died or hung (default 0)
 #   OMP_NUM_THREADS    CPU threads of each process (default 1)
 #
 # SIGTERM or SIGUSR1 to this script, or a file STOP in the run's folder: the run writes a checkpoint and stops.
@@ -60,7 +60,6 @@ fi
 rendezvous=(--num_machines "$machines" --machine_rank "${MACHINE_RANK:-0}" --num_processes "$processes")
 if [[ -n ${MAIN_PROCESS_IP:-} ]]; then rendezvous+=(--main_process_ip "$MAIN_PROCESS_IP"); fi
 rendezvous+=(--main_process_port "${MAIN_PROCESS_PORT:-$([[ $machines -gt 1 ]] && echo 29500 || echo 0)}")
-rendezvous+=(--max_restarts "${MAX_RESTARTS:-0}")
 
 # The launcher would kill everything 30 s after a SIGTERM. So it does not hear of it, and the run is asked by a file.
 MMFUSE_LAUNCH_DIR=$(mktemp -d)
@@ -68,18 +67,31 @@ export MMFUSE_LAUNCH_DIR PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
 trap 'rm -rf "$MMFUSE_LAUNCH_DIR"' EXIT
 trap 'touch "$MMFUSE_LAUNCH_DIR/stop"' TERM USR1
 set -m   # a process group of its own, which Ctrl-C reaches through us
-(
-  trap '' TERM USR1
-  exec accelerate launch "${config[@]}" "${rendezvous[@]}" -m mmfuse train "$run" "$@"
-) &
-launcher=$!
-trap 'kill -INT -- "-$launcher"' INT HUP QUIT
-status=0
-wait "$launcher" || status=$?
-while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done   # a signal only ended the waiting
-wait "$launcher" 2>/dev/null && status=0 || status=$?
-if [[ -f $MMFUSE_LAUNCH_DIR/outcome ]]; then
-  outcome=$(<"$MMFUSE_LAUNCH_DIR/outcome")
-  if [[ $status -ne 0 || $outcome -eq 75 ]]; then status=$outcome; fi
-fi
+told() { [[ -f $MMFUSE_LAUNCH_DIR/$1 ]]; }
+
+start() {   # sets `status`
+  rm -f "$MMFUSE_LAUNCH_DIR/outcome"
+  (
+    trap '' TERM USR1
+    exec accelerate launch "${config[@]}" "${rendezvous[@]}" -m mmfuse train "$run" "$@"
+  ) &
+  launcher=$!
+  trap 'kill -INT -- "-$launcher"' INT HUP QUIT
+  status=0
+  wait "$launcher" || status=$?
+  while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done   # a signal only ended the waiting
+  wait "$launcher" 2>/dev/null && status=0 || status=$?
+  if told outcome; then
+    outcome=$(<"$MMFUSE_LAUNCH_DIR/outcome")
+    if [[ $status -ne 0 || $outcome -eq 75 ]]; then status=$outcome; fi
+  elif [[ $status -ne 0 ]] && told stop; then status=75; fi   # asked before there was anything to save
+}
+
+# Not torchrun's own restarts: its store tells new processes the addresses of dead ones (torch 2.11).
+start "$@"
+for ((attempt = 1; attempt <= ${MAX_RESTARTS:-0}; attempt++)); do
+  if told stop || { told outcome && [[ $status -ne 75 ]]; } || [[ $status -eq 0 ]]; then break; fi
+  echo "train.sh: ended with $status; starting again, $attempt of $MAX_RESTARTS" >&2
+  start "$@"
+done
 exit "$status"

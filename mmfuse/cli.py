@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 from mmfuse.cli_checkpoint import add_checkpoint, add_checkpoints, add_last_weights
@@ -125,10 +127,22 @@ def _train(options: argparse.Namespace) -> int:
     from mmfuse.train.run import load_run
 
     forget_outcome()
+    # `launch/train.sh` hides it from the launcher, which could not end processes that begin.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run = load_run(options.run, overrides=options.overrides)
     from mmfuse.train.trainer import train
 
-    train(run)
+    try:
+        train(run)
+    except MmfuseError:
+        raise
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        # At once: on its way out Python would wait for loader workers, and all ranks for this one.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(MmfuseError.exit_code)
     return 0
 
 

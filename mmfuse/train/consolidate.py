@@ -1,4 +1,4 @@
-"""A checkpoint for use alone: whole weights under their names in one file, half of it or less, for any reader."""
+"""A checkpoint for use alone: whole weights under their names in one file, a third of the bytes or less."""
 
 import secrets
 import shutil
@@ -25,7 +25,7 @@ from mmfuse.train.state_files import StoredState, write_whole
 from mmfuse.version import VERSION
 
 
-def check_output(out: Path) -> None:
+def _check_output(out: Path) -> None:
     """Refuses a place where a consolidated checkpoint must not go.
 
     Raises:
@@ -51,7 +51,7 @@ def consolidate_checkpoint(
         CheckpointError: damaged, or `out` cannot be written.
         ConfigError: `out` is there already, or lies among a run's checkpoints.
     """
-    check_output(out)
+    _check_output(out)
     verify_checkpoint(checkpoint, contents=True, on_read=on_read)
     stored, facts = StoredState(checkpoint), read_facts(checkpoint)
     kind = choose_kind(stored, averaged=averaged)

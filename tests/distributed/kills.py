@@ -30,9 +30,8 @@ from distributed.launches import (
 )
 
 STRATEGIES = ("ddp", "zero2", "zero3")
-STEPS_A_KILL, CHECKPOINT_EVERY = 8, 3
-LONGEST_LIFE_SECONDS = 4.0
-"""Of steps: a kill comes so long after the first new one, or sooner, also while a checkpoint is written."""
+CHECKPOINT_EVERY, LONGEST_LIFE, STEPS_A_KILL = 3, 12, 24
+"""In steps: a kill comes so many after the first new one, or fewer, also while a checkpoint is written."""
 
 
 class Outcome(NamedTuple):
@@ -56,7 +55,10 @@ def disturb(strategy: str, run: Path, output: Path, *, kills: int, steps: int, s
         if not _wait_for_progress(process, output):
             process = start(strategy, run, output, settings=settings, max_restarts=kills)
             continue
-        time.sleep(generator.uniform(0, LONGEST_LIFE_SECONDS))
+        until = max(read_losses(output), default=0) + generator.randint(1, LONGEST_LIFE)
+        while max(read_losses(output), default=0) < until and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(generator.uniform(0, 0.3))
         ranks = find_ranks(process)
         assert ranks or process.poll() is None, "the run ended before all kills; give it more steps"
         if not ranks:

@@ -61,10 +61,10 @@ def _load(builder: Any, folder: Path, *, is_ours: bool) -> Extension:
                 logger.info("DeepSpeed compiles its library %s for the CPU, once: one or two minutes", builder.name)
             builder.load()
     except (RuntimeError, ImportError, OSError) as error:
-        without = "without offload_optimizer" if builder.name == "cpu_adam" else "ddp or fsdp2"
+        others = "a strategy without offload_optimizer" if builder.name == "cpu_adam" else "the strategy ddp or fsdp2"
         raise LaunchError(
             f"{socket.gethostname()}: DeepSpeed cannot compile its library {builder.name} for the CPU in {build}: "
-            f"{error}. Install g++ and ninja, set TORCH_EXTENSIONS_DIR to a folder that can be written, or use a "
-            f"strategy {without}; mmfuse doctor --build tries again"
+            f"{error}. Install g++ and ninja, set TORCH_EXTENSIONS_DIR to a folder that can be written, or use "
+            f"{others}; mmfuse doctor --build tries again"
         ) from error
     return Extension(builder.name, build, time.monotonic() - began)
