@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "RESULTS.md"
 DEFAULT_DATA = REPOSITORY / "data" / "benchmark"
+SAMPLES = "data_shards/samples/emoji"
+"""The committed shards, within the repository."""
 
 
 class Cost(NamedTuple):
@@ -34,6 +36,14 @@ def read_clock() -> Cost:
     """CPU and wall seconds until now; only differences mean anything."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return Cost(sum(usage.ru_utime + usage.ru_stime for usage in usages), time.perf_counter())
+
+
+def read_own_wall() -> float:
+    """Wall seconds until now, less those in which this thread was ready but other work had the cores: what is left is
+    its work, and its waiting for disks, locks and peers. Only differences mean anything; plain wall time off Linux."""
+    path = Path("/proc/thread-self/schedstat")
+    without_core = int(path.read_text().split()[1]) / 1e9 if path.is_file() else 0.0
+    return time.perf_counter() - without_core
 
 
 class Summary(NamedTuple):
@@ -61,6 +71,12 @@ def run_child(python: str, module: str, *arguments: str) -> Any:
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def index_samples() -> None:
+    """Makes `SAMPLES` ready to be read."""
+    command = [sys.executable, "-m", "mmfuse", "shards", "index", SAMPLES]
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
 
 
 def describe_machine(packages: Sequence[str] = ()) -> str:
