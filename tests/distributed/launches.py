@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -204,12 +205,18 @@ def read_numbers(output: Path, name: str) -> dict[int, float]:
 
 
 def read_samples(output: Path) -> dict[int, list[str]]:
-    """Sample keys by step, over all ranks in order."""
-    samples: dict[int, list[str]] = {}
+    """Sample keys by step, as the plan has them: one micro-step after the other, in each all ranks in order."""
+    found: dict[tuple[int, int], list[str]] = {}
     for path in sorted(output.glob("samples.rank*.jsonl")):
+        micro_steps: Counter[int] = Counter()
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            samples.setdefault(record["step"], []).extend(record["keys"])
+            step = record["step"]
+            found.setdefault((step, micro_steps[step]), []).extend(record["keys"])
+            micro_steps[step] += 1
+    samples: dict[int, list[str]] = {}
+    for (step, _), keys in sorted(found.items()):
+        samples.setdefault(step, []).extend(keys)
     return samples
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from distributed.launches import TOLERANCE, needs_compiler, read_losses, train_many, write_run, write_sparse_shards
 
-STEPS = 4
+STEPS = 6
 
 
 @pytest.mark.slow
