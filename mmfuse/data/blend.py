@@ -73,7 +73,7 @@ class Blend:
 
 
 class WeightSegment(NamedTuple):
-    """From which step on which weights hold, one for each source; a run that never changed them has one."""
+    """From which step of the plan on which weights hold, one for each source; a run that never changed them has one."""
 
     start_step: int
     weights: tuple[float, ...]

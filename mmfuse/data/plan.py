@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmfuse.data.blend import Blend, Schedule, WeightSegment, check_weights
+from mmfuse.data.left_out import LeftOut, PlannedSteps
 from mmfuse.data.order import ShardUse, SourceOrder
 from mmfuse.errors import ConfigError
 
@@ -48,11 +49,13 @@ class DataPlan:
         lanes: int | None = None,
         window_shards: int = 8,
         segments: Sequence[WeightSegment] = (),
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         """Plans without reading any data.
 
         Args:
             segments: the weights that held so far, of a resumed run; without, the sources' own hold from the start.
+            left_out: global batches that no step has.
         Raises:
             ConfigError: lanes do not divide the global batch, two sources have one name, or a weight is out of reach.
         """
@@ -63,7 +66,8 @@ class DataPlan:
         self.lanes = lanes or _default_lanes(global_batch)
         if global_batch % self.lanes:
             raise ConfigError(f"data.lanes = {self.lanes} does not divide the global batch of {global_batch}")
-        self.sources = tuple(sources)
+        self.sources, self.left_out = tuple(sources), tuple(left_out)
+        self.planned_steps = PlannedSteps(left_out)
         self.segments = tuple(segments) or (WeightSegment(0, tuple(source.weight for source in sources)),)
         for segment in self.segments:
             check_weights(segment.weights, names=names)
@@ -74,7 +78,8 @@ class DataPlan:
         self._parts = [self._plan_bucket(number, shares) for number in range(shares.shape[1])]
 
     def identity(self) -> dict[str, Any]:
-        """All that samples and their order depend on but for the weights; a resumed run must have the same."""
+        """All that samples and their order depend on but for weights and batches that are left out; a resumed run must
+        have the same."""
         return {
             "seed": self.seed,
             "global_batch": self.global_batch,
@@ -97,7 +102,7 @@ class DataPlan:
 
         A thousand at once cost a microsecond each, one alone costs a millisecond.
         """
-        bucket, number = self._buckets.at(np.zeros_like(step), step)
+        bucket, number = self._buckets.at(np.zeros_like(step), self.planned_steps.of(step))
         refs = np.empty((len(step), 3), np.int64)
         for part in np.unique(bucket):
             here = bucket == part
@@ -107,21 +112,21 @@ class DataPlan:
 
     def shard_uses(self, start: int, *, rows: Sequence[range]) -> Iterator[ShardUse]:
         """What these rows of the global batches from step `start` on are read from: endless, by first step."""
-        drawn = self._buckets.drawn(start)[0]
+        drawn = self._buckets.drawn(int(self.planned_steps.of(start)))[0]
         per_lane = self.global_batch // self.lanes
         lanes = sorted({lane for r in rows for lane in range(r.start // per_lane, -(-r.stop // per_lane))})
         return heapq.merge(*(self._uses_of_bucket(n, int(drawn[n]), lanes) for n in range(len(self._parts))))
 
     def epochs(self, step: int) -> np.ndarray:
-        """How many epochs of each source were dealt before `step`: float64 `(sources,)`."""
-        done = self._buckets.drawn(step)[0]
+        """How many epochs of each source were dealt or left out before `step`: float64 `(sources,)`."""
+        done = self._buckets.drawn(int(self.planned_steps.of(step)))[0]
         dealt = np.sum([part.dealt(int(n)) for part, n in zip(self._parts, done, strict=True)], axis=0)
         return dealt / [source.counts.sum() for source in self.sources]
 
     def _uses_of_bucket(self, part: int, start: int, lanes: list[int]) -> Iterator[ShardUse]:
         for use in self._parts[part].shard_uses(start, lanes):
-            first = self._buckets.slot_of(0, part, use.first_step)
-            last = self._buckets.slot_of(0, part, use.last_step)
+            first, last = (self._buckets.slot_of(0, part, step) for step in (use.first_step, use.last_step))
+            first, last = self.planned_steps.step_of(first), self.planned_steps.step_of(last)
             yield ShardUse(first, last, use.source, use.shard)
 
     def _bucket_shares(self) -> np.ndarray:

@@ -113,13 +113,18 @@ def _remove_others(newest: Path, keep: Keep) -> None:
         if folder.name > newest.name:  # damaged, or resume would have gone on from there
             shutil.rmtree(folder)
     for old in complete_checkpoints(root)[: -keep.newest]:
-        if not (keep.multiples_of and int(old.name.removeprefix(_PREFIX)) % keep.multiples_of == 0):
+        if not (keep.multiples_of and checkpoint_step(old) % keep.multiples_of == 0):
             shutil.rmtree(old)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """The run's checkpoints, oldest first, also those that are not whole."""
     return sorted(root.glob(f"{_PREFIX}*[0-9]"))
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step after which a checkpoint was taken, by its name."""
+    return int(folder.name.removeprefix(_PREFIX))
 
 
 def complete_checkpoints(root: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmfuse.data.blend import WeightSegment
 from mmfuse.data.buckets import LengthBuckets, choose_buckets
 from mmfuse.data.decode import SampleDecoder
+from mmfuse.data.left_out import LeftOut, PlannedSteps
 from mmfuse.data.loader import BatchRequest, load_batches, positions_of_rank, training_requests
 from mmfuse.data.mixture import open_source
 from mmfuse.data.order import ShardUse
@@ -42,13 +43,15 @@ class TrainingData:
         self.sources = _open_sources(run)
         self.plan = self._build_plan(())
 
-    def use_segments(self, segments: Sequence[WeightSegment], *, start: int) -> None:
+    def go_on(self, segments: Sequence[WeightSegment], left_out: Sequence[LeftOut], *, start: int) -> None:
         """Goes on with the weights that a checkpoint recorded; from `start` on with the run's, where they differ."""
-        now = self.plan.segments[-1].weights
+        now, planned = self.plan.segments[-1].weights, int(PlannedSteps(left_out).of(start))
         if segments[-1].weights != now:
             logger.info("weights of the sources from step %d on: %s, before: %s", start, now, segments[-1].weights)
-            segments = [*(s for s in segments if s.start_step < start), WeightSegment(start, now)]
-        self.plan = self._build_plan(segments)
+            segments = [*(s for s in segments if s.start_step < planned), WeightSegment(planned, now)]
+        for window in left_out:
+            logger.info("from step %d on, %d global batches are left out: their loss spiked", *window)
+        self.plan = self._build_plan(segments, left_out)
 
     def epochs(self, step: int) -> dict[str, float]:
         """How many epochs of each source were dealt before `step`, for the metrics."""
@@ -121,7 +124,7 @@ class TrainingData:
         rows = [range(int(part[0]), int(part[-1]) + 1) for parts in positions for part in parts]
         return partial(self.plan.shard_uses, start, rows=rows)
 
-    def _build_plan(self, segments: Sequence[WeightSegment]) -> DataPlan:
+    def _build_plan(self, segments: Sequence[WeightSegment], left_out: Sequence[LeftOut] = ()) -> DataPlan:
         run = self.run
         return DataPlan(
             [
@@ -140,6 +143,7 @@ class TrainingData:
             lanes=run.data.lanes,
             window_shards=run.data.window_shards,
             segments=segments,
+            left_out=left_out,
         )
 
 

@@ -167,6 +167,9 @@ class MetricsWriter:
             self._file.close()
             self._tensorboard.close()
 
+    def _describe_sources(self, numbers: dict[str, float]) -> str:
+        return ", ".join(f"{name} {numbers[f'sources/{name}/samples']:,.0f}" for name in self._sources)
+
     def _write_line(self, step: int, numbers: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -177,7 +180,7 @@ class MetricsWriter:
         )
         logger.info(
             "step %d  loss %.4f (%s)  %.0f samples/s  %.0f tokens/s%s  step %.3f s  data wait %.3f s  grad norm %.2f  "
-            "memory %.2f GiB%s",
+            "memory %.2f GiB%s%s",
             step,
             numbers["loss"],
             terms,
@@ -189,6 +192,7 @@ class MetricsWriter:
             numbers["grad_norm"],
             numbers["memory_gib"],
             f"  skipped {numbers['skipped_steps']:.0f} steps" if numbers["skipped_steps"] else "",
+            f"  samples of {self._describe_sources(numbers)}" if len(self._sources) > 1 else "",
         )
 
 

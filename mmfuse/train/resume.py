@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfuse.data.blend import WeightSegment
+from mmfuse.data.left_out import LeftOut
 from mmfuse.distributed import first_rank_decides, raise_together
 from mmfuse.errors import CheckpointError, ConfigError, on_all_ranks
 from mmfuse.modalities.base import Encoder
@@ -31,6 +32,7 @@ from mmfuse.train.checkpoint import (
 from mmfuse.train.data import TrainingData
 from mmfuse.train.engines.base import MODEL, MOMENTS, Engine
 from mmfuse.train.optim import build_optimizer
+from mmfuse.train.roll_back import forget_roll_backs, read_left_out
 from mmfuse.train.run import RunConfig, TrainConfig, changed_settings, load_run
 from mmfuse.train.state_files import StoredState
 
@@ -55,6 +57,7 @@ def start_or_resume(
     engine.wrap(task, optimizer, clip_norm=run.optimizer.clip_norm, rank_rows=rows)
     average = WeightAverage(engine, run.train.ema_decay)
     if not checkpoint:
+        forget_roll_backs(run.folder)
         return 0, average
     facts, stored = read_facts(checkpoint), StoredState(checkpoint)
     if AVERAGE in stored.kinds and not run.train.ema_decay:
@@ -65,7 +68,11 @@ def start_or_resume(
     _fill_engine(engine, stored, adam_steps=facts["adam_steps"])
     average.begin(partial(stored.read, AVERAGE) if AVERAGE in stored.kinds else None)
     logger.info("resumed from %s, written by %s", checkpoint, facts["written_by"])
-    data.use_segments([WeightSegment(start, tuple(w)) for start, w in facts["weights"]], start=int(facts["step"]))
+    segments = [WeightSegment(start, tuple(w)) for start, w in facts["weights"]]
+    left_out = first_rank_decides(lambda: read_left_out(run.folder))
+    if left_out is None:  # the checkpoint was taken elsewhere, or there was no roll-back
+        left_out = [LeftOut(*window) for window in facts.get("left_out", [])]
+    data.go_on(segments, left_out, start=int(facts["step"]))
     return int(facts["step"]), average
 
 

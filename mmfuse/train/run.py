@@ -24,6 +24,7 @@ from mmfuse.objectives.base import ObjectiveConfig
 from mmfuse.train.engines.base import Precision
 from mmfuse.train.optim import OptimizerConfig
 from mmfuse.train.profiling import ProfileConfig
+from mmfuse.train.spikes import RollBackConfig
 
 SHIPPED_RUNS = Path(__file__).parents[1] / "runs"
 _MAY_CHANGE = (
@@ -83,6 +84,9 @@ class TrainConfig(Settings):
     max_skipped_steps: NonNegativeInt = 10
     """A step whose gradient is NaN or infinite changes nothing; more than so many of them in a row, or half of all
     steps, end the run."""
+    roll_back: RollBackConfig | None = None
+    """What to do when the loss spikes and stays high: end with exit code 75; the next start goes on from the checkpoint
+    before the spike, and leaves out the data since. Null: go on."""
     hang_seconds: PositiveFloat = 1800
     """Longest time without progress, such as one step, one evaluation batch, or one checkpoint; then the run ends with
     exit code 75 and names the rank that the others wait for."""

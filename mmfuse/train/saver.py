@@ -78,6 +78,7 @@ class CheckpointSaver:
             "adam_steps": self._engine.adam_steps,
             "plan": plan.identity(),
             "weights": plan.segments,
+            "left_out": plan.left_out,
             "written_by": f"{self._engine.name} on {self._engine.world_size} ranks",
             "environment": describe_environment(self._engine.name),
         }

@@ -23,6 +23,7 @@ from mmfuse.train.metrics import MetricsWriter
 from mmfuse.train.optim import learning_rate_factor, set_learning_rate
 from mmfuse.train.profiling import StepProfiler
 from mmfuse.train.resume import newest_checkpoint, start_or_resume, write_model_files
+from mmfuse.train.roll_back import SpikeGuard
 from mmfuse.train.run import RunConfig, TrainConfig
 from mmfuse.train.saver import CheckpointSaver
 from mmfuse.train.self_test import check_same_on_all_ranks
@@ -132,7 +133,7 @@ def fit(training: Training, stop: StopRequest, *, start: int) -> int:
     batches = data.batches(
         evaluator.processors, start=start, engine=engine, metrics=metrics, watchdog=watchdog, beside=beside
     )
-    profiler = StepProfiler(run.profile, run.folder)
+    profiler, spikes = StepProfiler(run.profile, run.folder), SpikeGuard(config.roll_back, run.folder, start=start)
     task.train()
     done = start
     for step in range(start, config.steps):
@@ -157,7 +158,9 @@ def fit(training: Training, stop: StopRequest, *, start: int) -> int:
         saves = last or stops or done % config.checkpoint_every == 0
         if saves or done % config.log_every == 0:
             facts = {"learning_rate": rate * run.optimizer.learning_rate, "grad_norm": grad_norm, **data.epochs(done)}
-            check_skipped(metrics.write(done, rows=config.global_batch, facts=facts), config, step=done)
+            numbers = metrics.write(done, rows=config.global_batch, facts=facts)
+            check_skipped(numbers, config, step=done)
+            spikes.check(numbers["loss"], data.plan, saver, step=done)
         if config.evaluate_every and done % config.evaluate_every == 0 and not last:
             with metrics.paused():
                 evaluate(training, step=done)

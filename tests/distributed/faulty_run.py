@@ -1,7 +1,7 @@
 """`mmfuse train` in which something goes wrong on the last rank: faulty_run.py FAULT:STEP[,FAULT:STEP] RUN [--set ...].
 
-FAULT: `nan` (its loss), `hang_in_data`, `hang_in_step` (before an exchange that others wait in), `full_disk`, or
-`settings` (it has others, from the start).
+FAULT: `nan` (its loss), `spike` (its loss, from there on until the run has rolled back), `hang_in_data`,
+`hang_in_step` (before an exchange that others wait in), `full_disk`, or `settings` (it has others, from the start).
 """
 
 import os
@@ -24,6 +24,11 @@ forward, load_batches, write_parts = Task.forward, data.load_batches, saver.writ
 def lose_number(task: Task, batch: Batch, seen=None) -> StepOutput:
     output = forward(task, batch, seen)
     return output._replace(loss=output.loss * torch.nan) if batch.step == STEPS["nan"] else output
+
+
+def spike(task: Task, batch: Batch, seen=None) -> StepOutput:
+    output = forward(task, batch, seen)
+    return output._replace(loss=output.loss + 100) if batch.step >= STEPS["spike"] else output
 
 
 def hang_in_step(task: Task, batch: Batch, seen=None) -> StepOutput:
@@ -49,6 +54,8 @@ STEPS = {fault: int(step) for fault, _, step in (word.partition(":") for word in
 if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
     if "nan" in STEPS:
         Task.forward = lose_number
+    if "spike" in STEPS and not list(Path(sys.argv[2]).parent.glob("*/roll_backs.json")):
+        Task.forward = spike
     if "hang_in_step" in STEPS:
         Task.forward = hang_in_step
     if "hang_in_data" in STEPS:

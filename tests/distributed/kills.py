@@ -63,7 +63,7 @@ def disturb(strategy: str, run: Path, output: Path, *, kills: int, steps: int, s
         assert ranks or process.poll() is None, "the run ended before all kills; give it more steps"
         if not ranks:
             continue
-        if generator.random() < 0.5:
+        if done.total() % 2:
             kill_all(process)
             done["all"] += 1
             process = start(strategy, run, output, settings=settings, max_restarts=kills)

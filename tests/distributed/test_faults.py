@@ -10,7 +10,9 @@ from distributed.launches import (
     kill_all,
     read_losses,
     read_numbers,
+    read_samples,
     start_script,
+    train_many,
     write_run,
     write_sparse_shards,
 )
@@ -32,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_with(fault: str, strategy: str, run: Path, output: Path, *settings: str) -> tuple[int, str, str]:
     """Exit code of the launcher, the one that the run left for `launch/train.sh`, and the log."""
     told, log = Path(f"{output}.told"), Path(f"{output}.log")
-    told.mkdir()
+    told.mkdir(exist_ok=True)
     arguments = [fault, str(run)]
     for setting in (
         f"output_dir={output}",
@@ -77,9 +79,24 @@ def test_a_rank_that_hangs_in_its_data_is_named_and_the_run_ends_to_be_started_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", ZERO3])
+@pytest.mark.parametrize("strategy", ENGINES)
 def test_a_rank_that_never_comes_to_an_exchange_is_named_with_the_line_where_it_is(run: Path, strategy: str) -> None:
     output = run.parent / f"absent_{strategy}"
     _, outcome, log = train_with("hang_in_step:4", strategy, run, output)
     assert outcome == str(Stopped.exit_code)
     assert "rank 1 keeps the others waiting, in: forward and backward, tests/distributed/faulty_run.py" in log
+
+
+@pytest.mark.slow
+def test_a_loss_that_spikes_takes_all_ranks_back_and_its_data_is_left_out(run: Path) -> None:
+    output, calm = run.parent / "spikes", run.parent / "calm"
+    settings = ("train.steps=12", "train.record_samples=true", "train.roll_back={losses_in_a_row: 2}")
+    _, outcome, log = train_with("spike:6", "ddp", run, output, *settings, "train.keep_checkpoints=3")
+    assert outcome == str(Stopped.exit_code)
+    assert log.count("back to the checkpoint of step 6; started again") == 1
+    assert [folder.name for folder in complete_checkpoints(output / CHECKPOINTS)] == ["step_00000003", "step_00000006"]
+    code, _, log = train_with("spike:6", "ddp", run, output, *settings)
+    assert code == 0, log[-4000:]
+    train_many("cpu", run, run.parent, {calm.name: ["train.steps=14"]})
+    expected = list(read_samples(calm).values())
+    assert list(read_samples(output).values()) == expected[:6] + expected[8:]

@@ -1,5 +1,6 @@
 """One process, or DistributedDataParallel through Accelerate."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -30,6 +31,8 @@ class DdpEngine(Engine):
         self.task, self.clip_norm = task, clip_norm
         self.trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
         self.optimizer = optimizer
+        # A gradient that autograd summed over an expanded row has other strides in dimensions of size 1: no copy more.
+        warnings.filterwarnings("ignore", r"Grad strides do not match bucket view strides[^=]+= \[1, 1, \d+\]")
         self.wrapped, self._prepared_optimizer = self.accelerator.prepare(task, optimizer)
 
     def forward(self, batch: Batch, seen: Mapping[str, Seen]) -> StepOutput:
