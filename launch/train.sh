@@ -9,7 +9,7 @@
 #   NUM_PROCESSES      processes over all machines (default: GPUs of all machines; without GPUs 2 a machine)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT      for more than one node
 #   MAX_RESTARTS       how often to start again, from the newest checkpoint, after a process died or hung (default 0)
-#   OMP_NUM_THREADS    CPU threads of each process (default 1)
+#   OMP_NUM_THREADS    CPU threads of each process (default 1; where the CPU keeps the optimizer, all cores by parts)
 #
 # SIGTERM or SIGUSR1 to this script, or a file STOP in the run's folder: the run writes a checkpoint and stops.
 # Exit codes: those of `mmfuse` (see its --help); 75: stopped so, or hung; started again, it goes on.
@@ -43,7 +43,9 @@ if [[ $strategy == cpu ]]; then processes=1
 elif [[ $gpus -gt 0 ]]; then processes=${NUM_PROCESSES:-$((gpus * machines))}
 else processes=${NUM_PROCESSES:-$((2 * machines))}; fi
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false MMFUSE_NUM_PROCESSES=$processes
+threads=1
+if grep -Eq 'offload_optimizer(_device: cpu|" *: *\{)' "$file"; then threads=$(($(nproc) * machines / processes)); fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} TOKENIZERS_PARALLELISM=false MMFUSE_NUM_PROCESSES=$processes
 if [[ $gpus -eq 0 ]]; then
   export CUDA_VISIBLE_DEVICES=
   if [[ $file == *.json ]] || grep -q 'DEEPSPEED' "$file"; then

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mmfuse.data.decode import source_of
 from mmfuse.data.quarantine import SourceCounts
-from mmfuse.distributed import rank, sum_over_ranks, world_size
+from mmfuse.distributed import first_rank_decides, rank, sum_over_ranks, world_size
 from mmfuse.files import drop_lines_after
 from mmfuse.log import hide_bar
 from mmfuse.train.speed import Speed
@@ -39,17 +39,17 @@ class MetricsWriter:
         self._sums: dict[str, Tensor] = {}
         self._step_sums: dict[str, Tensor] = {}
         self._steps = 0
-        self._skips = SkippedSteps(self.device)
         self._waited = 0.0
         self._sources, self._counts = sources, [SourceCounts(0, 0, 0)] * len(sources)
+        last = first_rank_decides(lambda: _go_on_after(self.path, start))
+        self._skips = SkippedSteps(self.device, total=int(last.get("skipped_steps", 0)))
         self._before = [SourceCounts(0, 0, 0)] * len(sources)
         """What all ranks had met when the run went on; rank 0 has it."""
         self._source_losses: dict[str, Tensor] = {}
         self._step_source_losses: dict[str, Tensor] = {}
         self._since = time.perf_counter()
         if rank() == 0:
-            drop_lines_after(self.path, start)
-            self._before = _last_counts(self.path, sources)
+            self._before = [SourceCounts(*(int(last.get(n, 0)) for n in _count_names(source))) for source in sources]
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(
@@ -199,8 +199,10 @@ class MetricsWriter:
 class SkippedSteps:
     """Counts on the device, so that no step waits for its count."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, total: int = 0) -> None:
+        """`total` are those before the run went on."""
         self._since_read, self._total, self._now, self._longest = torch.zeros(4, dtype=torch.int64, device=device)
+        self._total = self._total + total
 
     def add(self, grad_norm: Tensor) -> Tensor:
         """One step, skipped where the norm is not finite; whether it was kept, bool `()`."""
@@ -222,11 +224,11 @@ def _count_names(source: str) -> list[str]:
     return [f"sources/{source}/{field}" for field in SourceCounts._fields]
 
 
-def _last_counts(path: Path, sources: list[str]) -> list[SourceCounts]:
-    """What the last line has, zeros where there is none; a checkpoint's step always has a line."""
+def _go_on_after(path: Path, start: int) -> dict[str, Any]:
+    """The line of step `start`, which becomes the last one; nothing at the start. A checkpoint's step has one."""
+    drop_lines_after(path, start)
     lines = path.read_text().splitlines() if path.is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
-    return [SourceCounts(*(int(last.get(name, 0)) for name in _count_names(source))) for source in sources]
+    return json.loads(lines[-1]) if lines else {}
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -1,7 +1,11 @@
 """A trace of a few steps, to be looked at in ui.perfetto.dev or chrome://tracing."""
 
+import gzip
+import json
 import logging
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, model_validator
@@ -11,6 +15,9 @@ from mmfuse.config import Settings
 from mmfuse.distributed import rank
 
 logger = logging.getLogger(__name__)
+
+_COLLECTIVES = ("nccl", "gloo:")
+"""How the names of kernels begin that exchange data, and of a CPU's exchanges."""
 
 
 class ProfileConfig(Settings):
@@ -39,14 +46,47 @@ class StepProfiler:
         """Begins, where `step` is the first of the window."""
         if self._window and step == self._window[0]:
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            self._profile = profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True)
+            self._profile = profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True, acc_events=True)
             self._profile.start()
 
     def after_step(self, step: int) -> None:
         """Ends and writes, where `step` was the last of the window."""
-        if self._profile and self._window and step + 1 == self._window[1]:
-            self._profile.stop()
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(self._path))
-            self._profile = None
-            logger.info("trace of steps %d to %d: %s; open it in ui.perfetto.dev", *self._window, self._path)
+        if self._window and step + 1 == self._window[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced, also of a window that the end of the run cuts short."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self._path))
+        self._profile = None
+        logger.info("trace: %s, for ui.perfetto.dev; %s", self._path, describe_communication(read_trace(self._path)))
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The spans of a trace; times in microseconds."""
+    with gzip.open(path) as file:
+        return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+
+
+def describe_communication(events: list[dict[str, Any]]) -> str:
+    """For how long collectives were under way and, on a GPU, for how much of it nothing was computed beside them."""
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    exchanges = [event for event in kernels or events if event["name"].startswith(_COLLECTIVES)]
+    whole = max(event["ts"] + event["dur"] for event in events) - min(event["ts"] for event in events)
+    text = f"ranks exchanged data for {_busy(exchanges) / whole:.0%} of {whole / 1e6:.2f} s"
+    if not kernels:
+        return text
+    computing = [kernel for kernel in kernels if not kernel["name"].startswith(_COLLECTIVES)]
+    return f"{text}, for {(_busy(kernels) - _busy(computing)) / whole:.0%} with nothing computed beside"
+
+
+def _busy(events: list[dict[str, Any]]) -> float:
+    """Microseconds in which one of these or more were under way."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in events):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -169,6 +169,7 @@ def fit(training: Training, stop: StopRequest, *, start: int) -> int:
                 saver.save(data.plan, average, step=done)
         if stops:
             break
+    profiler.close()
     metrics.close()
     return done
 

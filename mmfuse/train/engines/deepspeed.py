@@ -62,7 +62,7 @@ class DeepSpeedEngine(Engine):
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
     def masters(self) -> list[Tensor]:
-        """This rank's flat fp32 partitions, one a parameter group."""
+        """This rank's flat fp32 partitions: one a parameter group, under stage 3 several where a group is large."""
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 

@@ -11,6 +11,7 @@ from batches import make_batch, tiny_task
 from unit.train.tiny_runs import read_lines
 
 from mmfuse.data.decode import SOURCE_BITS
+from mmfuse.data.quarantine import SourceCounts
 from mmfuse.train.metrics import MetricsWriter, SkippedSteps
 from mmfuse.train.speed import Speed
 from mmfuse.types import StepOutput
@@ -54,6 +55,21 @@ def test_what_a_skipped_step_lost_is_in_no_mean(metrics: MetricsWriter) -> None:
     take_step(metrics, 4.0)
     numbers = write(metrics, 5)
     assert (numbers["loss"], numbers["skipped_steps"], numbers["skipped_in_a_row"]) == (4, 2, 0)
+
+
+def test_a_run_that_goes_on_counts_on(metrics: MetricsWriter, tmp_path: Path) -> None:
+    take_step(metrics, 4.0, norm=math.nan)
+    metrics.count_sources([SourceCounts(1, 0, 0), SourceCounts(2, 1, 0)])
+    write(metrics, 1)
+    take_step(metrics, 4.0, norm=math.nan)
+    write(metrics, 2)
+    speed = Speed(tiny_task(("contrastive",)), CPU)
+    resumed = MetricsWriter(tmp_path, start=1, stop=9, speed=speed, sources=["a", "b"])
+    take_step(resumed, 4.0)
+    resumed.count_sources([SourceCounts(1, 0, 0), SourceCounts(2, 0, 0)])
+    numbers = write(resumed, 2)
+    resumed.close()
+    assert (numbers["skipped_steps"], numbers["sources/b/samples"], numbers["sources/b/masked"]) == (1, 4, 1)
 
 
 def test_where_every_step_was_skipped_there_is_no_mean(metrics: MetricsWriter) -> None:
