@@ -27,8 +27,8 @@ from mmfuse.types import Batch, StepOutput
 logger = logging.getLogger(__name__)
 
 
-_STRAGGLER_SHARE = 0.1
-"""Of a step's time: a rank that waits longer for its data, and twice as long as others, is named."""
+_STRAGGLER_SHARE, _STRAGGLER_FACTOR = 0.1, 1.5
+"""A rank is named that takes so much longer than the others do in the mean, if that is such a share of the step."""
 
 
 class MetricsWriter:
@@ -105,7 +105,7 @@ class MetricsWriter:
             "samples_per_second": self._steps * rows / seconds,
             "step_seconds": seconds / self._steps,
             **self._speed.read(seconds),
-            **self._waits(seconds),
+            **self._by_rank(seconds / self._steps),
             "memory_gib": _peak_memory_gib(self.device),
             "skipped_steps": total,
             "skipped_in_a_row": in_a_row,
@@ -117,16 +117,17 @@ class MetricsWriter:
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
         return numbers
 
-    def _waits(self, seconds: float) -> dict[str, float]:
-        """How long a step stood waiting for data: the mean over ranks, and the rank that all others waited for."""
-        own = torch.zeros(world_size(), dtype=torch.float64, device=self.device)
-        own[rank()] = self._waited / self._steps
-        by_rank = sum_over_ranks(own).tolist()
-        mean, most = sum(by_rank) / len(by_rank), max(by_rank)
-        slowest = by_rank.index(most)
-        if most > _STRAGGLER_SHARE * seconds / self._steps and most > 2 * mean and rank() == 0:
-            logger.warning("rank %d waits %.2f s of a step for its data, the mean rank %.2f s", slowest, most, mean)
-        return {"data_wait_seconds": mean, "data_wait_most_seconds": most, "data_wait_most_rank": slowest}
+    def _by_rank(self, step_seconds: float) -> dict[str, float]:
+        """How long a step stood waiting for data, and how long its encoders computed: the mean over ranks, and the rank
+        that all others waited for."""
+        own = torch.zeros(2, world_size(), dtype=torch.float64, device=self.device)
+        own[0, rank()], own[1, rank()] = self._waited / self._steps, self._speed.encoder_clock.read() / self._steps
+        waits, encoders = sum_over_ranks(own).tolist()
+        if rank() == 0:
+            for name, by_rank in (("waits %s for its data", waits), ("computes its encoders for %s", encoders)):
+                if found := describe_straggler(name, by_rank, step_seconds):
+                    logger.warning("%s", found)
+        return _mean_and_most("data_wait", waits) | _mean_and_most("encoders", encoders)
 
     def _count_sources(self) -> dict[str, float]:
         """`sources/NAME/samples`, `masked` and `lost`, over all ranks, since the run's first step."""
@@ -218,6 +219,25 @@ class SkippedSteps:
         numbers = torch.stack([self._since_read, self._total, self._longest]).tolist()
         self._since_read, self._longest = torch.zeros_like(self._total), torch.zeros_like(self._total)
         return numbers[0], numbers[1], numbers[2]
+
+
+def describe_straggler(does: str, by_rank: list[float], step_seconds: float) -> str:
+    """A sentence on the rank that takes far longer than others; empty where there is none.
+
+    Args:
+        does: what it does in so many seconds, `%s`.
+    """
+    most = max(by_rank)
+    others = (sum(by_rank) - most) / max(1, len(by_rank) - 1)
+    if len(by_rank) == 1 or most - others < _STRAGGLER_SHARE * step_seconds or most < _STRAGGLER_FACTOR * others:
+        return ""
+    return f"rank {by_rank.index(most)} {does % f'{most:.2f} s of a step'}, the mean of the others {others:.2f} s"
+
+
+def _mean_and_most(name: str, by_rank: list[float]) -> dict[str, float]:
+    most = max(by_rank)
+    mean = sum(by_rank) / len(by_rank)
+    return {f"{name}_seconds": mean, f"{name}_most_seconds": most, f"{name}_most_rank": by_rank.index(most)}
 
 
 def _count_names(source: str) -> list[str]:

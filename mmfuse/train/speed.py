@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmfuse.distributed import sum_over_ranks, world_size
 from mmfuse.task import Task
+from mmfuse.train.encoder_clock import EncoderClock
 
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
 """Dense bf16 and fp16 on tensor cores, by NVIDIA's data sheets; H100 as SXM."""
@@ -20,6 +21,7 @@ class Speed:
     def __init__(self, task: Task, device: torch.device) -> None:
         """Before an engine wraps the task, and cuts its parameters into parts."""
         self.device, self._flops_by_token = device, count_flops_by_token(task)
+        self.encoder_clock = EncoderClock(task, device)
         self._tokens = dict.fromkeys(self._flops_by_token, torch.zeros((), dtype=torch.int64, device=device))
 
     def add(self, tokens: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,8 @@ from unit.train.tiny_runs import read_lines
 
 from mmfuse.data.decode import SOURCE_BITS
 from mmfuse.data.quarantine import SourceCounts
-from mmfuse.train.metrics import MetricsWriter, SkippedSteps
+from mmfuse.train.encoder_clock import EncoderClock
+from mmfuse.train.metrics import MetricsWriter, SkippedSteps, describe_straggler
 from mmfuse.train.speed import Speed
 from mmfuse.types import StepOutput
 
@@ -78,6 +79,30 @@ def test_where_every_step_was_skipped_there_is_no_mean(metrics: MetricsWriter) -
     assert math.isnan(numbers["loss"]) and f"sources/a/{TERM}" not in numbers
     (line,) = read_lines(metrics.path)
     assert line["loss"] is None and "NaN" not in metrics.path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "found"),
+    [
+        ([0.1, 0.5], "rank 1 waits 0.50 s of a step for its data, the mean of the others 0.10 s"),
+        ([0.1, 0.1, 0.4, 0.1], "rank 2 waits 0.40 s of a step for its data, the mean of the others 0.10 s"),
+        ([0.5, 0.6], ""),
+        ([0.0, 0.05], ""),  # of a step of a second
+        ([0.9], ""),
+    ],
+)
+def test_a_rank_that_all_others_wait_for_is_named(by_rank: list[float], found: str) -> None:
+    assert describe_straggler("waits %s for its data", by_rank, 1.0) == found
+
+
+def test_time_of_encoders_counts_in_training_alone() -> None:
+    task = tiny_task(("contrastive",)).train()
+    clock = EncoderClock(task, CPU)
+    task(BATCH)
+    assert clock.read() > 0
+    assert clock.read() == 0
+    task.eval()(BATCH)
+    assert clock.read() == 0
 
 
 def test_the_longest_row_of_skipped_steps_counts_across_lines() -> None:
