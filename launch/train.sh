@@ -8,15 +8,16 @@
 # Read from the environment, all optional:
 #   NUM_PROCESSES      processes over all machines (default: GPUs of all machines; without GPUs 2 a machine)
 #   NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP, MAIN_PROCESS_PORT      for more than one node
-#   MAX_RESTARTS       how often to start again, from the newest checkpoint, after a process died or hung (default 0)
+#   MAX_RESTARTS       how often to start again, from the newest checkpoint, after a process died or hung, or the run rolled
+#                      back (default 0)
 #   OMP_NUM_THREADS    CPU threads of each process (default 1; where the CPU keeps the optimizer, all cores by parts)
 #
 # SIGTERM or SIGUSR1 to this script, or a file STOP in the run's folder: the run writes a checkpoint and stops.
-# Exit codes: those of `mmfuse` (see its --help); 75: stopped so, or hung; started again, it goes on.
+# Exit codes: those of `mmfuse` (see its --help); 75: stopped so, hung, or rolled back; started again, it goes on.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 if [[ $# -lt 2 || $1 == -h || $1 == --help ]]; then usage; [[ ${1:-} == -h || ${1:-} == --help ]] && exit 0; exit 2; fi
 strategy=$1 run=$2
@@ -44,7 +45,8 @@ elif [[ $gpus -gt 0 ]]; then processes=${NUM_PROCESSES:-$((gpus * machines))}
 else processes=${NUM_PROCESSES:-$((2 * machines))}; fi
 
 threads=1
-if grep -Eq 'offload_optimizer(_device: cpu|" *: *\{)' "$file"; then threads=$(($(nproc) * machines / processes)); fi
+offload='offload_optimizer_device:(cpu|nvme)|"offload_optimizer":\{[^}]*"device":"(cpu|nvme)"'
+if tr -d '[:space:]' <"$file" | grep -Eq "$offload"; then threads=$(($(nproc) * machines / processes)); fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} TOKENIZERS_PARALLELISM=false MMFUSE_NUM_PROCESSES=$processes
 if [[ $gpus -eq 0 ]]; then
   export CUDA_VISIBLE_DEVICES=

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Trains and evaluates text + image + audio models on WebDataset tar shards, "
         "from samples with any subset of the three.",
         epilog="Exit codes: 2 wrong settings, 3 wrong data, 4 wrong checkpoint, 5 wrong launch, "
-        "6 training failed, 75 stopped on request or hung: started again, it goes on.",
+        "6 training failed, 75 stopped on request, hung, or rolled back: started again, it goes on.",
     )
     parser.add_argument("--version", action="version", version=f"mmfuse {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -61,7 +61,8 @@ def _add_train(commands) -> None:
         "train",
         help="train a run, or continue it from its newest checkpoint",
         description="Trains RUN in this process. Through `accelerate launch -m mmfuse train RUN`, or launch/train.sh, "
-        "it is one of many. Started again, it goes on from the newest complete checkpoint in its folder.",
+        "it is one of many. Started again, it goes on from the newest complete checkpoint in its folder, or at its "
+        "train.checkpoint_url.",
         epilog="Example: mmfuse train quickstart --set train.steps=50 --set output_dir=runs/short",
     )
     train.add_argument("run", metavar="RUN", help="a YAML file, or the name of a run that ships with mmfuse")
@@ -79,7 +80,7 @@ def _add_eval(commands) -> None:
     )
     add_checkpoint(evaluate)
     evaluate.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the report goes (default: CHECKPOINT.evaluation)"
+        "--out", type=Path, metavar="DIR", help="where the report goes (default: CHECKPOINT.evaluation, of a URL here)"
     )
     add_last_weights(evaluate, verb="score")
     evaluate.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -147,7 +148,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from mmfuse.train.checkpoint import find_checkpoint
+    from mmfuse.train.checkpoint_store import find_checkpoint, is_url
     from mmfuse.train.environment import find_device
     from mmfuse.train.evaluation import evaluate_checkpoint
 
@@ -155,7 +156,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(options.checkpoint).absolute()  # `.` has no name beside which a report could stand
     evaluate_checkpoint(
         checkpoint,
-        output=options.out,
+        output=options.out or (Path(f"{checkpoint.name}.evaluation") if is_url(options.checkpoint) else None),
         overrides=options.overrides,
         device=device,
         averaged=not options.last_weights,

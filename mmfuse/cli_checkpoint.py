@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """CHECKPOINT: what `find_checkpoint` takes."""
-    where = "a folder step_NNNNNNNN, or a run's folder"
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=where)
+    where = "a folder step_NNNNNNNN, or a run's folder; or the URL of either (train.checkpoint_url)"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=where)
 
 
 def add_last_weights(parser: argparse.ArgumentParser, *, verb: str) -> None:
@@ -53,8 +53,8 @@ def _add_verify(commands) -> None:
     verify = commands.add_parser(
         "verify",
         help="compare every byte with the checksums; exit code 4 if anything has changed",
-        description="Reads all files of a checkpoint, or of all checkpoints of a run, and compares them with their "
-        "checksums.",
+        description="Reads all files of a checkpoint, or of all checkpoints in a run's folder, and compares them with "
+        "their checksums; of a URL without step_NNNNNNNN, of the newest.",
     )
     add_checkpoint(verify)
     verify.set_defaults(command=_verify)
@@ -80,8 +80,8 @@ def _add_consolidate(commands) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from mmfuse.train.checkpoint import find_checkpoint
     from mmfuse.train.checkpoint_info import describe_checkpoint, to_table
+    from mmfuse.train.checkpoint_store import find_checkpoint
 
     info = describe_checkpoint(find_checkpoint(options.checkpoint))
     print(info.to_json() if options.json else to_table(info))
@@ -106,7 +106,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _consolidate(options: argparse.Namespace) -> int:
-    from mmfuse.train.checkpoint import find_checkpoint
+    from mmfuse.train.checkpoint_store import find_checkpoint
     from mmfuse.train.consolidate import consolidate_checkpoint
 
     folder = find_checkpoint(options.checkpoint)

@@ -64,7 +64,7 @@ class LaunchError(MmfuseError):
 
 
 class Stopped(MmfuseError):
-    """Training was asked to stop, or hung; started again, it goes on. The code is EX_TEMPFAIL of sysexits.h."""
+    """Training was asked to stop, hung, or rolled back; started again, it goes on. EX_TEMPFAIL of sysexits.h."""
 
     exit_code = 75
 

@@ -21,7 +21,8 @@ from mmfuse.modalities.base import Processor
 from mmfuse.modalities.media.given import read_file
 from mmfuse.model.model import FusionModel
 from mmfuse.task import Task
-from mmfuse.train.checkpoint import find_checkpoint, load_stored_run, load_weights, verify_checkpoint
+from mmfuse.train.checkpoint import load_stored_run, load_weights, verify_checkpoint
+from mmfuse.train.checkpoint_store import find_checkpoint
 from mmfuse.train.environment import find_device
 from mmfuse.train.run import RunConfig
 from mmfuse.types import Batch, Sample
@@ -122,7 +123,7 @@ def load(
     """A trained model, ready to `encode`.
 
     Args:
-        checkpoint: a folder `step_NNNNNNNN`, or a run's folder for its newest one.
+        checkpoint: a folder `step_NNNNNNNN`, or a run's folder for its newest one; or the URL of either.
         device: by default a GPU where there is one.
         overrides: settings of the run, `a.b=value`.
         averaged: with the moving average of the weights, where the run kept one (`train.ema_decay`), not the last ones.
@@ -130,7 +131,7 @@ def load(
         CheckpointError: incomplete, or of another model.
         ConfigError: no such device, or a wrong override.
     """
-    folder = find_checkpoint(Path(checkpoint))
+    folder = find_checkpoint(checkpoint)
     verify_checkpoint(folder)
     run, model = load_stored_run(folder, overrides=overrides)
     task = Task(model, run.objective_configs, seed=run.seed)

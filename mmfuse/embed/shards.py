@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -22,7 +23,8 @@ from mmfuse.embed.embedder import Embedder, load
 from mmfuse.embed.store import EmbeddingStore, Form, Part
 from mmfuse.hashing import hash_int
 from mmfuse.log import hide_bar, set_up_logging
-from mmfuse.train.checkpoint import AVERAGE, MODALITIES, find_checkpoint, read_manifest, verify_checkpoint
+from mmfuse.train.checkpoint import AVERAGE, MODALITIES, read_manifest, verify_checkpoint
+from mmfuse.train.checkpoint_store import find_checkpoint
 from mmfuse.train.engines.base import MODEL
 from mmfuse.train.engines.start import join_ranks, leave_ranks
 from mmfuse.train.prefetch import node_cache, prefetching
@@ -34,12 +36,12 @@ _PURPOSE = "embed"
 
 
 def embed_shards(
-    checkpoint: Path, chosen: ChosenSplit, *, out: Path, form: Form, overrides: Iterable[str] = ()
+    checkpoint: str | os.PathLike[str], chosen: ChosenSplit, *, out: Path, form: Form, overrides: Iterable[str] = ()
 ) -> None:
     """Writes the embeddings of a split to the folder `out`, see `EmbeddingStore`; all ranks must call.
 
     Args:
-        checkpoint: its folder, or a run's.
+        checkpoint: its folder, or a run's; or, on one node, the URL of either.
         overrides: settings of the checkpoint's run, such as `data.num_workers` and `evaluation.batch_size`, which here
             is that of one rank.
     Raises:
@@ -67,7 +69,7 @@ def embed_shards(
     leave_ranks()
 
 
-def _find_whole(checkpoint: Path) -> Path:
+def _find_whole(checkpoint: str | os.PathLike[str]) -> Path:
     folder = find_checkpoint(checkpoint)
     verify_checkpoint(folder, contents=True)
     return folder

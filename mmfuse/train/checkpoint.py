@@ -1,10 +1,8 @@
 """Portable checkpoints: fp32 weights and Adam moments by parameter name, so that any engine on any number of ranks
 continues from any other's. Complete or not there: a manifest is written last, then the folder gets its name."""
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +13,18 @@ from torch import Tensor, nn
 from mmfuse.errors import CheckpointError, ConfigError
 from mmfuse.model.model import ModelConfig
 from mmfuse.train.engines.base import MODEL
+from mmfuse.train.manifest import (
+    MANIFEST,
+    RUN,
+    STATE,
+    Fingerprints,
+    fingerprint_of,
+    ignore_count,
+    parse_manifest,
+    store_file,
+    sync,
+    write_manifest,
+)
 from mmfuse.train.run import RunConfig, load_run
 from mmfuse.train.state_files import StoredState
 
@@ -24,16 +34,12 @@ CHECKPOINTS = "checkpoints"
 """The folder of them within a run's."""
 MODALITIES = "modalities"
 """The folder of `ModelConfig.save_files` within a run's, and its copy within each checkpoint."""
-MANIFEST, STATE, RUN = "manifest.json", "state.json", "run.yaml"
 _IN_FILES = (".tokenizer", ".pretrained", ".architecture")
 _PREFIX, _TEMPORARY = "step_", ".tmp"
 AVERAGE = "ema"
 """The kind of the moving average of the weights."""
 CONSOLIDATED = "consolidated"
 """The fact of a checkpoint that holds weights alone: from where, and which of its kinds."""
-Fingerprints = dict[str, dict[str, Any]]
-"""Size and checksum of files, by their path within a checkpoint."""
-_BLOCK_BYTES = 2**20
 
 
 class Keep(NamedTuple):
@@ -44,10 +50,25 @@ class Keep(NamedTuple):
     multiples_of: int | None
     """And every one whose step is a multiple of this."""
 
+    def for_good(self, step: int) -> bool:
+        """Whether that of `step` stays however old it is."""
+        return bool(self.multiples_of) and step % self.multiples_of == 0
+
+
+def folder_name(step: int) -> str:
+    """`step_NNNNNNNN`."""
+    return f"{_PREFIX}{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder; None: it is no such name."""
+    number = name.removeprefix(_PREFIX)
+    return int(number) if name.startswith(_PREFIX) and number.isdecimal() else None
+
 
 def unfinished_folder(root: Path, step: int) -> Path:
     """The temporary folder into which every rank writes its part of the checkpoint of `step`."""
-    return root / f"{_PREFIX}{step:08d}{_TEMPORARY}"
+    return root / f"{folder_name(step)}{_TEMPORARY}"
 
 
 def begin_checkpoint(root: Path, step: int) -> Path:
@@ -74,7 +95,10 @@ def publish_checkpoint(temporary: Path, written: Fingerprints, *, facts: dict[st
     for name, fingerprint in written.items():
         path = temporary / name
         if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
-            raise CheckpointError(f"{path}: written by another rank, but not seen here: nodes must share output_dir")
+            raise CheckpointError(
+                f"{path}: written by another rank, but not seen here: nodes must share output_dir, or "
+                "write to train.checkpoint_url"
+            )
     final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
     complete_files(temporary, written, facts=facts)
     shutil.rmtree(final, ignore_errors=True)
@@ -96,15 +120,15 @@ def complete_files(temporary: Path, written: Fingerprints, *, facts: dict[str, A
     added = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     added = [path for path in added if path.relative_to(temporary).as_posix() not in written]
     manifest = written | {path.relative_to(temporary).as_posix(): store_file(path) for path in added}
-    (temporary / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=1))
+    write_manifest(temporary, manifest)
     for path in (temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
-        _sync(path)
+        sync(path)
 
 
 def rename_folder(temporary: Path, final: Path) -> None:
     """Gives a folder its name, also on the disk."""
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _remove_others(newest: Path, keep: Keep) -> None:
@@ -113,18 +137,13 @@ def _remove_others(newest: Path, keep: Keep) -> None:
         if folder.name > newest.name:  # damaged, or resume would have gone on from there
             shutil.rmtree(folder)
     for old in complete_checkpoints(root)[: -keep.newest]:
-        if not (keep.multiples_of and checkpoint_step(old) % keep.multiples_of == 0):
+        if not keep.for_good(step_of(old.name) or 0):
             shutil.rmtree(old)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """The run's checkpoints, oldest first, also those that are not whole."""
     return sorted(root.glob(f"{_PREFIX}*[0-9]"))
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The step after which a checkpoint was taken, by its name."""
-    return int(folder.name.removeprefix(_PREFIX))
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
@@ -139,12 +158,6 @@ def complete_checkpoints(root: Path) -> list[Path]:
     return complete
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user names: `path` itself, or the newest complete one where it is a run's folder."""
-    complete = complete_checkpoints(path / CHECKPOINTS) if (path / CHECKPOINTS).is_dir() else []
-    return complete[-1] if complete else path
-
-
 def read_manifest(folder: Path) -> Fingerprints:
     """Size and checksum of a checkpoint's files as they were written.
 
@@ -152,20 +165,14 @@ def read_manifest(folder: Path) -> Fingerprints:
         CheckpointError: not a checkpoint.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())
-        _ = {name: fingerprint["bytes"] for name, fingerprint in files.items()}, files[STATE], files[RUN]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return parse_manifest((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: is no complete checkpoint (no readable {MANIFEST}); give a folder step_NNNNNNNN of a run"
         ) from error
-    return files
 
 
-def _ignore(_: int) -> None:
-    pass
-
-
-def verify_checkpoint(folder: Path, *, contents: bool = False, on_read: Callable[[int], object] = _ignore) -> None:
+def verify_checkpoint(folder: Path, *, contents: bool = False, on_read: Callable[[int], object] = ignore_count) -> None:
     """Compares the files with the manifest: sizes, and with `contents` checksums too.
 
     Args:
@@ -179,7 +186,7 @@ def verify_checkpoint(folder: Path, *, contents: bool = False, on_read: Callable
         try:
             if not path.is_file() or path.stat().st_size != fingerprint["bytes"]:
                 raise CheckpointError(f"{folder}: {name} is missing or has another size than when it was written")
-            if contents and _fingerprint(path, on_read) != fingerprint:
+            if contents and fingerprint_of(path, on_read) != fingerprint:
                 raise CheckpointError(f"{folder}: {name} has changed since it was written (checksum)")
         except OSError as error:
             raise CheckpointError(f"{folder}: {name} is not readable: {error}") from error
@@ -259,26 +266,3 @@ def read_weights(stored: StoredState, kind: str) -> dict[str, Tensor]:
     """All weights and buffers by name: of `kind` where it has them, else the last ones."""
     chosen = stored.shapes(kind)
     return {name: stored.tensor(kind if name in chosen else MODEL, name) for name in stored.shapes(MODEL)}
-
-
-def store_file(path: Path) -> dict[str, Any]:
-    """Makes sure that a file is on the disk; gives its fingerprint."""
-    _sync(path)
-    return _fingerprint(path)
-
-
-def _fingerprint(path: Path, on_read: Callable[[int], object] = _ignore) -> dict[str, Any]:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            on_read(len(block))
-    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

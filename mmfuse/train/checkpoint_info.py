@@ -1,6 +1,7 @@
 """What a checkpoint holds, for people and for programs, from its small files and the headers of the others."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from mmfuse.train.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
+from mmfuse.train.checkpoint_store import find_checkpoint, is_url
 from mmfuse.train.engines.base import MODEL
 from mmfuse.train.state_files import SUFFIX, StoredState
 
@@ -55,12 +57,17 @@ class CheckpointInfo(NamedTuple):
         return json.dumps({**self._asdict(), "kinds": kinds, "run": self.run.get("name")}, indent=1)
 
 
-def list_checkpoints(path: Path) -> list[Path]:
-    """All checkpoints of the run whose folder is `path`, whole or not, oldest first; or `path` itself.
+def list_checkpoints(place: str | os.PathLike[str]) -> list[Path]:
+    """All checkpoints of the run whose folder is `place`, whole or not, oldest first; or `place` itself.
+
+    Of a URL one, as of `find_checkpoint`.
 
     Raises:
         CheckpointError: the run has none.
     """
+    if is_url(place):
+        return [find_checkpoint(place)]
+    path = Path(place)
     if not (path / CHECKPOINTS).is_dir():
         return [path]
     if not (folders := checkpoint_folders(path / CHECKPOINTS)):

@@ -43,8 +43,8 @@ class StepProfiler:
         self._profile: profile | None = None
 
     def before_step(self, step: int) -> None:
-        """Begins, where `step` is the first of the window."""
-        if self._window and step == self._window[0]:
+        """Begins, where `step` is in the window: also of a run that goes on within."""
+        if self._window and self._profile is None and self._window[0] <= step < self._window[1]:
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._profile = profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True, acc_events=True)
             self._profile.start()
@@ -55,7 +55,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced, also of a window that the end of the run cuts short."""
+        """Writes what was traced, also of a window that a stop or the end of the run cuts short."""
         if self._profile is None:
             return
         self._profile.stop()

@@ -3,13 +3,13 @@
 import json
 import logging
 import math
+import os
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmfuse.data.blend import WeightSegment
-from mmfuse.data.left_out import LeftOut
 from mmfuse.distributed import first_rank_decides, raise_together
 from mmfuse.errors import CheckpointError, ConfigError, on_all_ranks
 from mmfuse.modalities.base import Encoder
@@ -24,16 +24,20 @@ from mmfuse.train.checkpoint import (
     MODALITIES,
     RUN,
     complete_checkpoints,
+    folder_name,
     load_weights,
     read_facts,
     remove_unfinished,
+    step_of,
     verify_checkpoint,
 )
+from mmfuse.train.checkpoint_store import COPIES, CheckpointStore, DamagedError
 from mmfuse.train.data import TrainingData
 from mmfuse.train.engines.base import MODEL, MOMENTS, Engine
 from mmfuse.train.optim import build_optimizer
-from mmfuse.train.roll_back import forget_roll_backs, read_left_out
+from mmfuse.train.roll_back import forget_roll_backs, left_out_since
 from mmfuse.train.run import RunConfig, TrainConfig, changed_settings, load_run
+from mmfuse.train.saver import HISTORY
 from mmfuse.train.state_files import StoredState
 
 logger = logging.getLogger(__name__)
@@ -68,10 +72,7 @@ def start_or_resume(
     _fill_engine(engine, stored, adam_steps=facts["adam_steps"])
     average.begin(partial(stored.read, AVERAGE) if AVERAGE in stored.kinds else None)
     logger.info("resumed from %s, written by %s", checkpoint, facts["written_by"])
-    segments = [WeightSegment(start, tuple(w)) for start, w in facts["weights"]]
-    left_out = first_rank_decides(lambda: read_left_out(run.folder))
-    if left_out is None:  # the checkpoint was taken elsewhere, or there was no roll-back
-        left_out = [LeftOut(*window) for window in facts.get("left_out", [])]
+    left_out, segments = first_rank_decides(lambda: left_out_since(run.folder, facts))
     data.go_on(segments, left_out, start=int(facts["step"]))
     return int(facts["step"]), average
 
@@ -110,15 +111,11 @@ def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
     Args:
         identity: of the data plan.
     Raises:
-        CheckpointError: the run's folder holds a checkpoint of a run that differs in what must not change.
+        CheckpointError: it is of a run that differs in what must not change; or its URL cannot be read.
+        ConfigError: the URL has an unknown protocol, or needs a package that is missing.
     """
 
-    def find() -> Path | None:
-        remove_unfinished(run.folder / CHECKPOINTS)
-        candidates = reversed(complete_checkpoints(run.folder / CHECKPOINTS))
-        return next((folder for folder in candidates if _is_undamaged(folder)), None)
-
-    checkpoint = first_rank_decides(find)
+    checkpoint = _fetch_newest(run) if run.train.checkpoint_url else first_rank_decides(partial(_find_newest, run))
     if checkpoint is None:
         return None
     raise_together(lambda: verify_checkpoint(checkpoint))  # before anyone reads: a node may not see the folder
@@ -144,6 +141,57 @@ def newest_checkpoint(run: RunConfig, identity: dict[str, Any]) -> Path | None:
             + "\n  ".join(changed)
         )
     return checkpoint
+
+
+def _find_newest(run: RunConfig) -> Path | None:
+    remove_unfinished(run.folder / CHECKPOINTS)
+    candidates = reversed(complete_checkpoints(run.folder / CHECKPOINTS))
+    return next((folder for folder in candidates if _is_undamaged(folder)), None)
+
+
+def _fetch_newest(run: RunConfig) -> Path | None:
+    """A copy of the newest one at the run's URL, on every node; nodes take an older one where any finds it damaged."""
+    stores: list[CheckpointStore] = []
+    raise_together(lambda: stores.append(CheckpointStore(run.train.checkpoint_url or "")))
+    store, copies, before = stores[0], run.folder / COPIES, None
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    newest_step = max(first_rank_decides(store.steps), default=-1)
+    raise_together(partial(_check_nothing_newer, run, newest_step) if is_first else None)
+    while found := first_rank_decides(partial(store.newest, before=before)):
+        before, files = found
+        try:
+            raise_together(partial(store.download, before, files, copies) if is_first else None)
+            return copies / folder_name(before)
+        except DamagedError as error:
+            logger.warning("not used: %s", error)
+    return None
+
+
+def _check_nothing_newer(run: RunConfig, newest_step: int) -> None:
+    with suppress(FileNotFoundError):  # nodes that share the folder do this at once
+        remove_unfinished(run.folder / CHECKPOINTS)
+    for folder in complete_checkpoints(run.folder / CHECKPOINTS)[-1:]:
+        if (step_of(folder.name) or 0) > newest_step:
+            raise CheckpointError(
+                f"{folder}: is newer than all at train.checkpoint_url; copy it there to go on from it, or move it away"
+            )
+
+
+def restore_history(checkpoint: Path, folder: Path) -> None:
+    """Gives a run's folder what the run had told when a checkpoint was written at a URL; rank 0 works.
+
+    Raises:
+        CheckpointError: the folder cannot be written, on all ranks.
+    """
+
+    def restore() -> None:
+        try:
+            if (checkpoint / HISTORY).is_dir():
+                shutil.copytree(checkpoint / HISTORY, folder, dirs_exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+
+    first_rank_decides(restore)
 
 
 def write_model_files(folder: Path, model: ModelConfig) -> None:

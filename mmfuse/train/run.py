@@ -1,10 +1,11 @@
 """The run: everything that is decided before the first step, as one frozen value."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mmfuse.config import (
     PluginSettings,
@@ -17,6 +18,7 @@ from mmfuse.config import (
     validate,
 )
 from mmfuse.data.mixture import DataConfig
+from mmfuse.data.remote.urls import show_url
 from mmfuse.errors import ConfigError
 from mmfuse.evaluate.retrieval import EvaluationConfig
 from mmfuse.model.model import ModelConfig
@@ -47,6 +49,15 @@ def _objectives(value: Any) -> Any:
     return plugin_settings("mmfuse.objectives", value)
 
 
+def _checkpoint_url(url: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^?#\s]+", url) or re.search(r"://[^/]*:[^/]*@", url):
+        raise ValueError(
+            f"{show_url(url)}: expected a URL such as s3://bucket/run, without password or query: credentials belong "
+            "in the environment or in the provider's own files"
+        )
+    return url.rstrip("/")
+
+
 class TrainConfig(Settings):
     """The loop."""
 
@@ -70,6 +81,10 @@ class TrainConfig(Settings):
     """Steps between two checkpoints; the last step always makes one."""
     checkpoint_in_background: bool = True
     """Let the step wait only until the state is copied to the host's memory; false: until it is written."""
+    checkpoint_url: Annotated[str, AfterValidator(_checkpoint_url)] | None = None
+    """Where checkpoints go instead, for nodes that share no file system: `s3://bucket/run`, `gs://...`, `file:///...`,
+    or any other protocol that fsspec can write to. Each node keeps its part, and at the start a copy of the newest one,
+    in its own `output_dir` for a while. Null: in the run's folder, which all nodes share."""
     keep_checkpoints: PositiveInt = 2
     """The newest so many."""
     keep_every: PositiveInt | None = None
@@ -86,10 +101,26 @@ class TrainConfig(Settings):
     steps, end the run."""
     roll_back: RollBackConfig | None = None
     """What to do when the loss spikes and stays high: end with exit code 75; the next start goes on from the checkpoint
-    before the spike, and leaves out the data since. Null: go on."""
+    before the spike, and leaves out the data since; newer checkpoints are removed, those of `keep_every` too. Null: go
+    on."""
     hang_seconds: PositiveFloat = 1800
     """Longest time without progress, such as one step, one evaluation batch, or one checkpoint; then the run ends with
     exit code 75 and names the rank that the others wait for."""
+
+    @model_validator(mode="after")
+    def _check_roll_back(self) -> "TrainConfig":
+        if self.roll_back is None:
+            return self
+        found_after = self.roll_back.losses_in_a_row * self.log_every
+        kept = (self.keep_checkpoints - 1) * self.checkpoint_every
+        if found_after > kept:
+            raise ValueError(
+                f"train.roll_back finds a spike after {found_after} steps (losses_in_a_row x log_every), and the kept "
+                f"checkpoints may reach back {kept} only: raise train.keep_checkpoints or train.checkpoint_every"
+            )
+        if self.checkpoint_url:
+            raise ValueError("train.roll_back cannot remove checkpoints at train.checkpoint_url: unset one of them")
+        return self
 
 
 class RunConfig(Settings):

@@ -1,4 +1,6 @@
-"""Writes checkpoints beside the training: the step waits only until its rank's part of the state is copied."""
+"""Writes checkpoints beside the training: the step waits only until its rank's part of the state is copied.
+
+With `train.checkpoint_url`, each rank's files go from a folder of its node to that URL."""
 
 import json
 import logging
@@ -6,6 +8,8 @@ import shutil
 import socket
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,28 +18,32 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from mmfuse.data.plan import DataPlan
-from mmfuse.distributed import find_differences
+from mmfuse.distributed import find_differences, first_rank_decides
 from mmfuse.errors import CheckpointError, TrainingError, on_all_ranks
 from mmfuse.train.average import WeightAverage
 from mmfuse.train.checkpoint import (
     AVERAGE,
     CHECKPOINTS,
     MODALITIES,
-    RUN,
-    Fingerprints,
     Keep,
     begin_checkpoint,
+    folder_name,
     publish_checkpoint,
-    store_file,
     unfinished_folder,
 )
+from mmfuse.train.checkpoint_store import COPIES, CheckpointStore
 from mmfuse.train.engines.base import MODEL, MOMENTS, Engine, Part
 from mmfuse.train.environment import describe_environment
+from mmfuse.train.manifest import RUN, Fingerprints, store_file
 from mmfuse.train.run import RunConfig
 from mmfuse.train.state_files import Shapes, write_parts
 
 logger = logging.getLogger(__name__)
 
+HISTORY = "history"
+"""The folder within a checkpoint at a URL of what a run has told so far, for one that goes on elsewhere."""
+_PATIENCE_SHARE = 4
+"""Of `train.hang_seconds`, for one request: the next checkpoint waits for this one, and that is no hang."""
 _POLL_SECONDS = 0.02
 
 
@@ -54,6 +62,7 @@ class CheckpointSaver:
         """`store` is shared by all ranks; `shapes` are those of the unwrapped task."""
         self._run, self._engine, self._shapes, self._store = run, engine, shapes, store
         self._root = run.folder / CHECKPOINTS
+        self._remote = open_remote(run)
         self._saved = 0
         self._thread: threading.Thread | None = None
         self._error = ""
@@ -106,6 +115,16 @@ class CheckpointSaver:
         if error := self.wait():
             raise on_all_ranks(CheckpointError)(error)
 
+    def keep_files(self, *names: str) -> None:
+        """Puts files of the run's folder beside the checkpoints at its URL, if it has one; all ranks must call.
+
+        Raises:
+            CheckpointError: the URL cannot be written, on all ranks.
+        """
+        if remote := self._remote:
+            files = [name for name in names if (self._run.folder / name).is_file()]
+            first_rank_decides(lambda: [remote.upload(self._run.folder / name, name) for name in files])
+
     def _copy_parts(self, average: WeightAverage) -> dict[str, list[Part]]:
         engine = self._engine
         moments = engine.moments()
@@ -128,16 +147,29 @@ class CheckpointSaver:
         self._error = self._hear(job, "result")
         if self._error and self._engine.rank == 0:
             logger.error("%s", self._error)
+        if self._remote:
+            shutil.rmtree(unfinished_folder(self._root, job.step), ignore_errors=True)
+            if not self._error:
+                shutil.rmtree(self._run.folder / COPIES, ignore_errors=True)
 
     def _write_files(self, job: _Job) -> Fingerprints:
-        temporary, files = begin_checkpoint(self._root, job.step), []
+        temporary, files = begin_checkpoint(self._root, job.step), {}
         for kind, parts in job.parts.items():
-            files.append(write_parts(temporary, kind, parts, rank=self._engine.rank, shapes=self._shapes))
+            file = write_parts(temporary, kind, parts, rank=self._engine.rank, shapes=self._shapes)
+            files[file.name] = store_file(file)
+            if self._remote:
+                self._remote.upload(file, f"{folder_name(job.step)}/{file.name}")
+                file.unlink()
         if self._engine.rank == 0:
             settings = self._run.model_dump(mode="json")
             (temporary / RUN).write_text(yaml.safe_dump(settings, sort_keys=False))
             shutil.copytree(self._run.folder / MODALITIES, temporary / MODALITIES, dirs_exist_ok=True)
-        return {file.name: store_file(file) for file in files}
+            if self._remote:
+                for path in _history_of(self._run.folder):
+                    copy = temporary / HISTORY / path.relative_to(self._run.folder)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
+        return files
 
     def _publish(self, job: _Job) -> str:
         """What went wrong, or nothing."""
@@ -149,12 +181,18 @@ class CheckpointSaver:
             if errors:
                 raise CheckpointError(errors[0])
             written = {name: print_ for outcome in outcomes for name, print_ in outcome["files"].items()}
-            publish_checkpoint(temporary, written, facts=job.facts, keep=keep)
+            if self._remote:
+                self._remote.publish(temporary, written, step=job.step, facts=job.facts, keep=keep)
+            else:
+                publish_checkpoint(temporary, written, facts=job.facts, keep=keep)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             shutil.rmtree(temporary, ignore_errors=True)
+            if self._remote:
+                with suppress(CheckpointError):  # the next one that succeeds removes it
+                    self._remote.remove(job.step)
             return (
                 f"the checkpoint of step {job.step} was not written: {error}. The one before is still the newest; "
-                f"make room in {self._root}, or see that it can be written"
+                f"make room in {self._remote.shown if self._remote else self._root}, or see that it can be written"
             )
         return ""
 
@@ -166,6 +204,21 @@ class CheckpointSaver:
         while not self._store.check([key := f"checkpoint {job.number} {what}"]):
             time.sleep(_POLL_SECONDS)
         return json.loads(self._store.get(key))
+
+
+def open_remote(run: RunConfig) -> CheckpointStore | None:
+    """What keeps the checkpoints of a run that has a `train.checkpoint_url`.
+
+    Raises:
+        ConfigError: as of `CheckpointStore`.
+    """
+    url, patience = run.train.checkpoint_url, run.train.hang_seconds / _PATIENCE_SHARE
+    return CheckpointStore(url, patience_seconds=patience) if url else None
+
+
+def _history_of(folder: Path) -> list[Path]:
+    """What a run has told so far, for people and for its report."""
+    return [path for path in (folder / "metrics.jsonl", *(folder / "evaluations").glob("*.json")) if path.is_file()]
 
 
 def _to_cpu(values: Tensor) -> Tensor:

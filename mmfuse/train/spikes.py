@@ -14,7 +14,7 @@ _WINDOW, _FEWEST = 50, 5
 
 
 class RollBackConfig(Settings):
-    """When a run goes back. `log_every` says over how many steps a loss is a mean."""
+    """When a run goes back. A loss is the mean of a line of metrics."""
 
     loss_factor: float = Field(default=2.0, gt=1)
     """A loss above so many times the median of those before is part of a spike."""

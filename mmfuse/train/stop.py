@@ -24,10 +24,11 @@ class StopRequest:
 
     def __init__(self, folder: Path, *, timeout_seconds: float) -> None:
         """Listens from here on; on all ranks. The time-out is that of the exchange between them."""
+        self._folder = folder
         self._files = [folder / STOP] if rank() == 0 else []  # a shared file system: not every rank of hundreds asks it
         if launch := launch_folder():
             self._files.append(launch / "stop")
-        self._asked = False
+        self._asked = self._agreed = False
         self._looked = -1.0
         self._owner = os.getpid()
         is_main = threading.current_thread() is threading.main_thread()  # no other may hear signals
@@ -46,14 +47,14 @@ class StopRequest:
         The exchange of a call is read at the next one, so that no step waits for it.
         """
         if self._group is None:
-            return self._is_asked()
-        answer = False
+            self._agreed = self._is_asked()
+            return self._agreed
         if self._exchange:
             self._exchange.wait()
-            answer = bool(self._flag)
+            self._agreed = bool(self._flag)
         self._flag = torch.tensor(int(self._is_asked()), dtype=torch.int32)
         self._exchange = distributed.all_reduce(self._flag, distributed.ReduceOp.MAX, self._group, async_op=True)
-        return answer
+        return self._agreed
 
     def close(self) -> None:
         """Signals do again what they did before."""
@@ -61,9 +62,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def honour(self) -> None:
-        """The request was followed: it must not stop the next start too."""
-        for file in self._files:
-            file.unlink(missing_ok=True)
+        """The request was followed: it must not stop the next start too, but the launcher must not start by itself."""
+        if rank() == 0:
+            (self._folder / STOP).unlink(missing_ok=True)
+        if self._agreed and (launch := launch_folder()):
+            (launch / "stop").touch()
 
     def _is_asked(self) -> bool:
         now = time.monotonic()

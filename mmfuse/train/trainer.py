@@ -22,7 +22,7 @@ from mmfuse.train.evaluation import Evaluator, Results
 from mmfuse.train.metrics import MetricsWriter
 from mmfuse.train.optim import learning_rate_factor, set_learning_rate
 from mmfuse.train.profiling import StepProfiler
-from mmfuse.train.resume import newest_checkpoint, start_or_resume, write_model_files
+from mmfuse.train.resume import newest_checkpoint, restore_history, start_or_resume, write_model_files
 from mmfuse.train.roll_back import SpikeGuard
 from mmfuse.train.run import RunConfig, TrainConfig
 from mmfuse.train.saver import CheckpointSaver
@@ -95,8 +95,11 @@ def prepare(run: RunConfig, engine: Engine) -> tuple[Training, int]:
     start, average = start_or_resume(run, engine, task, data, checkpoint)
     write_environment(run.folder, run, strategy=engine.name)
     write_model_files(run.folder, model)
+    if checkpoint:
+        restore_history(checkpoint, run.folder)
     evaluator.forget_after(start, folder=run.folder)
     saver, limit = CheckpointSaver(run, engine, shapes, store), run.train.hang_seconds
+    saver.keep_files("run.yaml", "environment.json")  # now, and not at the first checkpoint: it may not be allowed
     watchdog = Watchdog(store, rank=engine.rank, world_size=engine.world_size, limit_seconds=limit, folder=run.folder)
     evaluator.on_batch = watchdog.beat
     return Training(run, engine, task, data, evaluator, average, saver, watchdog, speed), start
@@ -117,6 +120,7 @@ def go_on(training: Training, stop: StopRequest, *, start: int) -> int:
     stop.honour()  # also where it came too late
     if done == run.train.steps:
         training.evaluator.report(evaluate(training, step=done), run.folder)
+        saver.keep_files("metrics.jsonl", "report.json", "report.html")
     return done
 
 

@@ -124,15 +124,26 @@ def train_many(
 
 
 def start(
-    strategy: str, run: Path, output: Path, *, settings: Sequence[str] = (), max_restarts: int = 0
+    strategy: str,
+    run: Path,
+    output: Path,
+    *,
+    settings: Sequence[str] = (),
+    max_restarts: int = 0,
+    node: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts `launch/train.sh` with these settings changed; its output goes to `OUTPUT.log`."""
+    """Starts `launch/train.sh` with these settings changed; its output goes to `OUTPUT.log`.
+
+    Args:
+        node: the variables of one of several nodes, where the same relative `output_dir` is a folder of its own.
+    """
     command = [str(ROOT / "launch" / "train.sh"), strategy, str(run)]
-    for setting in (f"output_dir={output}", *settings):
+    for setting in (f"output_dir={output.name if node else output}", *settings):
         command += ["--set", setting]
-    asked = {"NUM_PROCESSES": "2", "MAX_RESTARTS": str(max_restarts)}
+    environment = {**_environment(), "NUM_PROCESSES": "2", "MAX_RESTARTS": str(max_restarts), **(node or {})}
     with open(f"{output}.log", "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**_environment(), **asked})
+        cwd = output.parent if node else None
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=cwd)
 
 
 def _environment() -> dict[str, str]:

@@ -19,7 +19,7 @@ from distributed.launches import (
     write_sparse_shards,
 )
 
-from mmfuse.train.checkpoint import find_checkpoint
+from mmfuse.train.checkpoint_store import find_checkpoint
 from mmfuse.train.state_files import StoredState
 
 STEPS = 20

@@ -38,8 +38,9 @@ class RemoteError(Exception):
 class Deadline:
     """A moment in the future; it begins to run when it is made."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, *, setting: str = "deadline_seconds") -> None:
+        """`setting` is what sets it, for messages."""
+        self.seconds, self.setting = seconds, setting
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
@@ -85,7 +86,7 @@ def keep_trying(attempt: Callable[[], T], *, what: str, deadline: Deadline) -> T
         pause = problem.wait_seconds + _jitter.uniform(0, longest)
         if pause >= deadline.left():
             asked = f" and asks to wait {problem.wait_seconds:.0f} s" if problem.wait_seconds else ""
-            end = f"gave up at attempt {attempts} (deadline_seconds = {deadline.seconds:g})"
+            end = f"gave up at attempt {attempts} ({deadline.setting} = {deadline.seconds:g})"
             raise DataError(f"{what}: {problem.reason}{asked}; {end}")
         logger.warning("%s: %s; trying again in %.1f s", what, problem.reason, pause)
         time.sleep(pause)

@@ -63,7 +63,7 @@ def find_store(url: str, *, timeout_seconds: float) -> Store:
         return _gs_store() if scheme == "gs" else _http_store()
     except ImportError as error:
         extra = {"s3": "s3", "gs": "gcs"}[scheme]
-        raise ConfigError(f"{scheme}:// is read with packages of an extra: pip install 'mmfuse[{extra}]'") from error
+        raise ConfigError(f"{scheme}:// needs packages of an extra: pip install 'mmfuse[{extra}]'") from error
 
 
 def _http_store() -> Store:

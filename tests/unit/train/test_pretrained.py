@@ -23,7 +23,7 @@ import mmfuse
 from mmfuse.cli import main
 from mmfuse.errors import ConfigError
 from mmfuse.modalities import audio, text
-from mmfuse.train.checkpoint import find_checkpoint
+from mmfuse.train.checkpoint_store import find_checkpoint
 from mmfuse.train.run import load_run
 from mmfuse.train.trainer import train
 
