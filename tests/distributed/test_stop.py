@@ -53,7 +53,7 @@ def write_file(_: subprocess.Popen[bytes], output: Path) -> None:
 def stop(strategy: str, run: Path, output: Path, *, ask) -> int:
     """Starts a run, asks it to stop after some steps; how many it has done then."""
     done = len(read_losses(output))
-    process = start(strategy, run, output, settings=["train.checkpoint_every=1000"])
+    process = start(strategy, run, output, settings=["train.checkpoint_every=1000"], max_restarts=3)
     wait_for_step(process, output, step=done + 4)
     ask(process, output)
     assert process.wait(timeout=120) == Stopped.exit_code, Path(f"{output}.log").read_text(errors="replace")[-4000:]

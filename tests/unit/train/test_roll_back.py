@@ -90,12 +90,11 @@ def test_where_it_spikes_again_an_older_checkpoint_is_taken_and_then_the_run_end
 ) -> None:
     forward, output = Task.forward, tmp_path / "run"
 
-    def poison(task: Task, batch: Batch, seen=None) -> StepOutput:
-        if batch.step == POISON - 1:
-            blow_up(task)
-        return forward(task, batch, seen)
+    def stay_high(task: Task, batch: Batch, seen=None) -> StepOutput:
+        output = forward(task, batch, seen)
+        return output._replace(loss=output.loss + 50) if batch.step >= POISON - 1 else output
 
-    monkeypatch.setattr(Task, "forward", poison)
+    monkeypatch.setattr(Task, "forward", stay_high)
     settings = (*LONG, "train.checkpoint_every=2", "train.roll_back={loss_factor: 2, losses_in_a_row: 2, at_most: 2}")
     for _ in range(2):
         with pytest.raises(Stopped, match="back to the checkpoint of step"):
@@ -124,5 +123,5 @@ def test_windows_of_an_older_roll_back_come_earlier_after_one_that_goes_further_
 
 
 def test_kept_checkpoints_must_reach_back_before_a_spike(tiny_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="finds a spike after 3 steps .* reach back 2 only"):
+    with pytest.raises(ConfigError, match=r"finds a spike after 3 steps .* reach back 2 only"):
         train_tiny(tiny_run, tmp_path / "run", "train.roll_back={}")
