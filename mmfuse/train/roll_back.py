@@ -108,8 +108,8 @@ def leave_out(plan: DataPlan, *, since: int, until: int) -> list[LeftOut]:
 
 def forget_roll_backs(folder: Path) -> None:
     """A run begins anew; all ranks may call."""
-    if rank() == 0:
-        (folder / ROLL_BACKS).unlink(missing_ok=True)
+    if rank() == 0 and (path := folder / ROLL_BACKS).is_file():
+        path.unlink()
 
 
 def left_out_since(folder: Path, facts: dict[str, Any]) -> tuple[list[LeftOut], list[WeightSegment]]:

@@ -119,6 +119,7 @@ def test_beside_the_training_or_not_by_one_rank_or_several_the_whole_state_is_wr
         "adam_steps": 3,
         "plan": ranks.plan.identity(),
         "weights": json.loads(json.dumps(ranks.plan.segments)),
+        "left_out": [],
         "written_by": f"{'ddp' if count > 1 else 'one process'} on {count} ranks",
         "environment": None,
     }
