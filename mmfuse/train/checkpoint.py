@@ -35,7 +35,7 @@ CHECKPOINTS = "checkpoints"
 MODALITIES = "modalities"
 """The folder of `ModelConfig.save_files` within a run's, and its copy within each checkpoint."""
 _IN_FILES = (".tokenizer", ".pretrained", ".architecture")
-_PREFIX, _TEMPORARY = "step_", ".tmp"
+_PREFIX, _TEMPORARY, _REMOVED = "step_", ".tmp", ".removed"
 AVERAGE = "ema"
 """The kind of the moving average of the weights."""
 CONSOLIDATED = "consolidated"
@@ -79,8 +79,21 @@ def begin_checkpoint(root: Path, step: int) -> Path:
 
 
 def remove_unfinished(root: Path) -> None:
-    """Removes what a run left that was killed while it wrote."""
-    for leftover in root.glob(f"{_PREFIX}*{_TEMPORARY}"):
+    """Removes what a run left that was killed while it wrote or removed."""
+    for suffix in (_TEMPORARY, _REMOVED):
+        for leftover in root.glob(f"{_PREFIX}*{suffix}"):
+            shutil.rmtree(leftover)
+
+
+def remove_checkpoints(root: Path, folders: Iterable[Path]) -> None:
+    """Removes checkpoints of a run, so that a kill meanwhile leaves no part of one under its name.
+
+    Raises:
+        OSError: one cannot be removed, such as while somebody reads it; the next call tries again.
+    """
+    for folder in folders:
+        folder.rename(folder.with_name(f"{folder.name}{_REMOVED}"))
+    for leftover in root.glob(f"{_PREFIX}*{_REMOVED}"):
         shutil.rmtree(leftover)
 
 
@@ -101,10 +114,12 @@ def publish_checkpoint(temporary: Path, written: Fingerprints, *, facts: dict[st
             )
     final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
     complete_files(temporary, written, facts=facts)
-    shutil.rmtree(final, ignore_errors=True)
+    root = final.parent
+    if final.exists():
+        remove_checkpoints(root, [final])
     rename_folder(temporary, final)
     try:
-        _remove_others(final, keep)
+        remove_checkpoints(root, _unwanted(final, keep))
     except OSError as error:  # somebody reads it on a network file system; the next checkpoint tries again
         logger.warning("an old checkpoint could not be removed: %s", error)
     return final
@@ -131,14 +146,11 @@ def rename_folder(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def _remove_others(newest: Path, keep: Keep) -> None:
-    root = newest.parent
-    for folder in checkpoint_folders(root):
-        if folder.name > newest.name:  # damaged, or resume would have gone on from there
-            shutil.rmtree(folder)
-    for old in complete_checkpoints(root)[: -keep.newest]:
-        if not keep.for_good(step_of(old.name) or 0):
-            shutil.rmtree(old)
+def _unwanted(newest: Path, keep: Keep) -> list[Path]:
+    folders = checkpoint_folders(newest.parent)
+    newer = [folder for folder in folders if folder.name > newest.name]  # damaged, or resume would have taken it
+    old = [folder for folder in complete_checkpoints(newest.parent) if folder not in newer][: -keep.newest]
+    return newer + [folder for folder in old if not keep.for_good(step_of(folder.name) or 0)]
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

@@ -6,7 +6,6 @@ PaLM's authors did so by hand some 20 times (Chowdhery et al. 2022, section 5.1)
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,14 @@ from mmfuse.data.plan import DataPlan
 from mmfuse.distributed import first_rank_decides, rank
 from mmfuse.errors import CheckpointError, Stopped, TrainingError, on_all_ranks
 from mmfuse.files import write_text
-from mmfuse.train.checkpoint import CHECKPOINTS, checkpoint_folders, complete_checkpoints, step_of, verify_checkpoint
+from mmfuse.train.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_folders,
+    complete_checkpoints,
+    remove_checkpoints,
+    step_of,
+    verify_checkpoint,
+)
 from mmfuse.train.saver import CheckpointSaver
 from mmfuse.train.spikes import RollBackConfig, SpikeDetector
 
@@ -70,9 +76,8 @@ class SpikeGuard:
         windows = leave_out(plan, since=goal, until=step)
         record = {"left_out": windows, "weights": plan.segments, "roll_backs": roll_backs}
         try:
-            for folder in checkpoint_folders(root):  # before the record: without it, they would go on with other data
-                if (step_of(folder.name) or 0) > goal:
-                    shutil.rmtree(folder)
+            newer = [folder for folder in checkpoint_folders(root) if (step_of(folder.name) or 0) > goal]
+            remove_checkpoints(root, newer)  # before the record: without it, they would go on with other data
             write_text(self._folder / ROLL_BACKS, json.dumps(record, indent=1))
         except OSError as error:
             raise TrainingError(

@@ -20,3 +20,4 @@ def test_a_run_killed_twice_has_the_history_of_one_that_nobody_disturbed(run: Pa
     outcome = measure(strategy, run, run.parent, kills=2, seed=1)
     assert outcome.kills == {"all": 1, "one rank": 1}
     assert outcome.resumes + 1 >= outcome.kills.total()
+    assert outcome.not_used == 0

@@ -14,7 +14,13 @@ from helpers import write_data_set, write_tiny_run
 from torch.distributed import HashStore  # type: ignore[reportPrivateImportUsage]
 
 from mmfuse.train.average import WeightAverage
-from mmfuse.train.checkpoint import CHECKPOINTS, complete_checkpoints, read_facts, verify_checkpoint
+from mmfuse.train.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_folders,
+    complete_checkpoints,
+    read_facts,
+    verify_checkpoint,
+)
 from mmfuse.train.data import TrainingData
 from mmfuse.train.engines.base import MODEL, MOMENTS
 from mmfuse.train.engines.start import start_engine
@@ -80,8 +86,9 @@ class Ranks:
         return os.waitpid(process, 0)[1]
 
     def check_newest(self) -> int:
-        """Its step, when all of it is what was saved then."""
+        """Its step, when all of it is what was saved then, and nothing else has the name of a checkpoint."""
         newest = complete_checkpoints(self.root)[-1]
+        assert checkpoint_folders(self.root) == complete_checkpoints(self.root)
         verify_checkpoint(newest, contents=True)
         step, stored = int(read_facts(newest)["step"]), StoredState(newest)
         for kind in (MODEL, *MOMENTS):
