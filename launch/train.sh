@@ -61,9 +61,15 @@ if [[ $gpus -eq 0 ]]; then
   fi
 fi
 
-rendezvous=(--num_machines "$machines" --machine_rank "${MACHINE_RANK:-0}" --num_processes "$processes")
+if [[ $machines -gt 1 && -z ${MAIN_PROCESS_IP:-} ]]; then
+  echo "train.sh: NUM_MACHINES=$machines, so every node needs MAIN_PROCESS_IP, the name or address of node 0" >&2
+  exit 2
+fi
+machine_rank=$([[ $machines -gt 1 ]] && echo "${MACHINE_RANK:-0}" || echo 0)
+rendezvous=(--num_machines "$machines" --machine_rank "$machine_rank" --num_processes "$processes")
 if [[ -n ${MAIN_PROCESS_IP:-} ]]; then rendezvous+=(--main_process_ip "$MAIN_PROCESS_IP"); fi
-rendezvous+=(--main_process_port "${MAIN_PROCESS_PORT:-$([[ $machines -gt 1 ]] && echo 29500 || echo 0)}")
+port=${MAIN_PROCESS_PORT:-$([[ $machines -gt 1 ]] && echo 29500 || echo 0)}
+rendezvous+=(--main_process_port "$port")
 
 # The launcher would kill everything 30 s after a SIGTERM. So it does not hear of it, and the run is asked by a file.
 MMFUSE_LAUNCH_DIR=$(mktemp -d)
@@ -77,6 +83,7 @@ start() {   # sets `status`
   rm -f "$MMFUSE_LAUNCH_DIR/outcome"
   (
     trap '' TERM USR1
+    if [[ $machine_rank -gt 0 ]]; then python3 -m mmfuse.train.join_node "$MAIN_PROCESS_IP" "$port" "$machine_rank"; fi
     exec accelerate launch "${config[@]}" "${rendezvous[@]}" -m mmfuse train "$run" "$@"
   ) &
   launcher=$!

@@ -4,13 +4,20 @@ import os
 from pathlib import Path
 
 LAUNCH_FOLDER = "MMFUSE_LAUNCH_DIR"
-"""The variable with the folder of `launch/train.sh`; it writes `stop` there, and reads `outcome`."""
+"""The variable with the folder of `launch/train.sh`; it writes `STOP_ASKED` there, and reads `outcome`."""
+STOP_ASKED = "stop"
 
 
 def launch_folder() -> Path | None:
     """None where the script did not start this process."""
     folder = os.environ.get(LAUNCH_FOLDER)
     return Path(folder) if folder else None
+
+
+def stop_is_asked() -> bool:
+    """Whether the script was told to stop."""
+    folder = launch_folder()
+    return folder is not None and (folder / STOP_ASKED).exists()
 
 
 def forget_outcome() -> None:

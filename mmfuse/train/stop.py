@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from mmfuse.distributed import rank
-from mmfuse.launch import launch_folder
+from mmfuse.launch import STOP_ASKED, launch_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP = "STOP"
@@ -27,7 +27,7 @@ class StopRequest:
         self._folder = folder
         self._files = [folder / STOP] if rank() == 0 else []  # a shared file system: not every rank of hundreds asks it
         if launch := launch_folder():
-            self._files.append(launch / "stop")
+            self._files.append(launch / STOP_ASKED)
         self._asked = self._agreed = False
         self._looked = -1.0
         self._owner = os.getpid()
@@ -66,7 +66,7 @@ class StopRequest:
         if rank() == 0:
             (self._folder / STOP).unlink(missing_ok=True)
         if self._agreed and (launch := launch_folder()):
-            (launch / "stop").touch()
+            (launch / STOP_ASKED).touch()
 
     def _is_asked(self) -> bool:
         now = time.monotonic()

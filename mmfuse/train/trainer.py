@@ -140,41 +140,40 @@ def fit(training: Training, stop: StopRequest, *, start: int) -> int:
     profiler, spikes = StepProfiler(run.profile, run.folder), SpikeGuard(config.roll_back, run.folder, start=start)
     task.train()
     done = start
-    for step in range(start, config.steps):
-        profiler.before_step(step)
-        rate = learning_rate_factor(step, config=run.optimizer, total_steps=config.steps)
-        set_learning_rate(engine.optimizer, rate)  # before backward: DeepSpeed steps inside it
-        seed = hash_int(run.seed, "dropout", step)
-        micro_batches = micro_steps(engine, task.comparisons, batches, count=config.accumulation, seed=seed)
-        for number, (batch, seen) in enumerate(micro_batches, start=1):
-            last_of_step = number == config.accumulation
-            with watchdog.phase("forward and backward", step=step), engine.accumulate(last=last_of_step):
-                output = engine.forward(batch, seen)
-                engine.backward(output.loss)
-            metrics.add(output, batch, share=1 / config.accumulation)
-        with watchdog.phase("optimizer step", step=step):
-            grad_norm = engine.step()
-        average.update(step)
-        metrics.end_step(grad_norm)
-        profiler.after_step(step)
+    with closing(metrics), closing(profiler):
+        for step in range(start, config.steps):
+            profiler.before_step(step)
+            rate = learning_rate_factor(step, config=run.optimizer, total_steps=config.steps)
+            set_learning_rate(engine.optimizer, rate)  # before backward: DeepSpeed steps inside it
+            seed = hash_int(run.seed, "dropout", step)
+            micro_batches = micro_steps(engine, task.comparisons, batches, count=config.accumulation, seed=seed)
+            for number, (batch, seen) in enumerate(micro_batches, start=1):
+                last_of_step = number == config.accumulation
+                with watchdog.phase("forward and backward", step=step), engine.accumulate(last=last_of_step):
+                    output = engine.forward(batch, seen)
+                    engine.backward(output.loss)
+                metrics.add(output, batch, share=1 / config.accumulation)
+            with watchdog.phase("optimizer step", step=step):
+                grad_norm = engine.step()
+            average.update(step)
+            metrics.end_step(grad_norm)
+            profiler.after_step(step)
 
-        done, last, stops = step + 1, step + 1 == config.steps, stop.agreed()
-        saves = last or stops or done % config.checkpoint_every == 0
-        if saves or done % config.log_every == 0:
-            facts = {"learning_rate": rate * run.optimizer.learning_rate, "grad_norm": grad_norm, **data.epochs(done)}
-            numbers = metrics.write(done, rows=config.global_batch, facts=facts)
-            check_skipped(numbers, config, step=done)
-            spikes.check(numbers["loss"], data.plan, saver, step=done)
-        if config.evaluate_every and done % config.evaluate_every == 0 and not last:
-            with metrics.paused():
-                evaluate(training, step=done)
-        if saves:
-            with metrics.paused(), watchdog.phase("checkpoint", step=step):
-                saver.save(data.plan, average, step=done)
-        if stops:
-            break
-    profiler.close()
-    metrics.close()
+            done, last, stops = step + 1, step + 1 == config.steps, stop.agreed()
+            saves = last or stops or done % config.checkpoint_every == 0
+            if saves or done % config.log_every == 0:
+                rates = {"learning_rate": rate * run.optimizer.learning_rate, "grad_norm": grad_norm}
+                numbers = metrics.write(done, rows=config.global_batch, facts=rates | data.epochs(done))
+                check_skipped(numbers, config, step=done)
+                spikes.check(numbers["loss"], data.plan, saver, step=done)
+            if config.evaluate_every and done % config.evaluate_every == 0 and not last:
+                with metrics.paused():
+                    evaluate(training, step=done)
+            if saves:
+                with metrics.paused(), watchdog.phase("checkpoint", step=step):
+                    saver.save(data.plan, average, step=done)
+            if stops:
+                break
     return done
 
 

@@ -13,6 +13,7 @@ from mmfuse.errors import LaunchError
 
 TOOLS = ("bash", "env", "dirname", "sed", "ls", "xargs", "tr", "grep", "mktemp", "touch", "rm")
 SETTINGS = ("MMFUSE_NUM_PROCESSES", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU", "DS_ACCELERATOR")
+NODE_0 = {"MAIN_PROCESS_IP": "10.0.0.1"}
 
 
 class TrainScript:
@@ -66,7 +67,7 @@ def asked_for(lines: list[str]) -> str:
 def test_as_many_processes_start_as_gpus_are_visible_on_all_machines(
     train_sh: TrainScript, visible: str, machines: str, processes: str
 ) -> None:
-    lines, settings = train_sh("ddp", "quickstart", CUDA_VISIBLE_DEVICES=visible, NUM_MACHINES=machines)
+    lines, settings = train_sh("ddp", "quickstart", CUDA_VISIBLE_DEVICES=visible, NUM_MACHINES=machines, **NODE_0)
     assert asked_for(lines) == processes
     assert settings == {"MMFUSE_NUM_PROCESSES": processes, "CUDA_VISIBLE_DEVICES": visible}
 
@@ -88,7 +89,14 @@ def test_without_gpus_two_processes_a_machine_are_kept_on_the_cpu(train_sh: Trai
     lines, settings = train_sh("ddp", "quickstart", **environment)
     assert asked_for(lines) == "2"
     assert settings == {"MMFUSE_NUM_PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    assert asked_for(train_sh("ddp", "quickstart", NUM_MACHINES="3", **environment)[0]) == "6"
+    assert asked_for(train_sh("ddp", "quickstart", NUM_MACHINES="3", **NODE_0, **environment)[0]) == "6"
+
+
+def test_several_machines_need_to_know_node_0(train_sh: TrainScript) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        train_sh("ddp", "quickstart", NUM_MACHINES="2", MACHINE_RANK="1")
+    assert error.value.returncode == 2
+    assert "NUM_MACHINES=2, so every node needs MAIN_PROCESS_IP" in error.value.stderr
 
 
 def test_the_strategy_cpu_is_one_process_whatever_is_visible(train_sh: TrainScript) -> None:

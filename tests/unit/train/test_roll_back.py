@@ -12,6 +12,7 @@ from unit.train.tiny_runs import read_lines, read_metrics, train_tiny
 from mmfuse.data.left_out import LeftOut
 from mmfuse.errors import ConfigError, Stopped, TrainingError
 from mmfuse.task import Task
+from mmfuse.train.profiling import read_trace
 from mmfuse.train.roll_back import ROLL_BACKS, choose_checkpoint, leave_out
 from mmfuse.train.spikes import RollBackConfig, SpikeDetector
 from mmfuse.types import Batch, StepOutput
@@ -68,7 +69,8 @@ def test_a_run_goes_back_before_a_spike_and_leaves_its_data_out(
 ) -> None:
     output = tmp_path / "run"
     with pytest.raises(Stopped, match=r"back to the checkpoint of step 8; started again, .* leaves out the 3 global"):
-        train_tiny(tiny_run, output, *LONG, ROLL_BACK)
+        train_tiny(tiny_run, output, *LONG, ROLL_BACK, "profile.steps=[10,20]")
+    assert read_trace(output / "profile" / "rank0.json.gz")  # of a window that the spike cut short
     before = read_metrics(output, "loss")
     assert [step for step, _ in before] == list(range(1, 12))  # the losses of steps 10 and 11 were too high
     dealt = [line["keys"] for line in read_lines(output / "samples.rank0.jsonl")]
