@@ -1,13 +1,17 @@
 """`mmfuse train` in which something goes wrong on the last rank: faulty_run.py FAULT:STEP[,FAULT:STEP] RUN [--set ...].
 
 FAULT: `nan` (its loss), `spike` (its loss, from there on until the run has rolled back), `hang_in_data`,
-`hang_in_step` (before an exchange that others wait in), `full_disk`, or `settings` (it has others, from the start).
+`hang_in_step` (before an exchange that others wait in), `full_disk` or `read_only` (the file system of the
+checkpoints, while that of the step is written), or `settings` (it has others, from the start).
 """
 
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -44,10 +48,33 @@ def hang_in_data(*arguments, **settings) -> Iterator[Batch]:
         yield batch
 
 
-def fill_disk(folder: Path, *arguments, **settings) -> Path:
-    if f"{STEPS['full_disk']:08d}" in folder.name:
-        raise OSError(28, "No space left on device")
-    return write_parts(folder, *arguments, **settings)
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    filler = folder / "somebody else's"
+    try:
+        with suppress(OSError):  # another rank was faster: it is full all the same
+            filler.write_bytes(bytes(shutil.disk_usage(folder).free))
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    while subprocess.run(["mount", "-o", "remount,ro", folder], check=False, capture_output=True).returncode:
+        time.sleep(0.01)  # another rank is writing a file
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+
+
+def write_to_bad_storage(folder: Path, *arguments, **settings) -> Path:
+    with ExitStack() as stack:
+        for fault in (full_disk, read_only):
+            if f"{STEPS.get(fault.__name__, -1):08d}" in folder.name:
+                stack.enter_context(fault(folder.parent))
+        return write_parts(folder, *arguments, **settings)
 
 
 STEPS = {fault: int(step) for fault, _, step in (word.partition(":") for word in sys.argv[1].split(","))}
@@ -60,8 +87,8 @@ if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         Task.forward = hang_in_step
     if "hang_in_data" in STEPS:
         data.load_batches = hang_in_data
-    if "full_disk" in STEPS:
-        saver.write_parts = fill_disk
+    if STEPS.keys() & {"full_disk", "read_only"}:
+        saver.write_parts = write_to_bad_storage
     if "settings" in STEPS:
         sys.argv += ["--set", "optimizer.learning_rate=1e-5"]
 raise SystemExit(main(["train", *sys.argv[2:]]))

@@ -1,6 +1,7 @@
 """Something goes wrong on one of two ranks."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from distributed.launches import (
     write_run,
     write_sparse_shards,
 )
+from helpers import small_disk
 
 from mmfuse.errors import Stopped
 from mmfuse.train.checkpoint import CHECKPOINTS, complete_checkpoints
@@ -53,18 +55,20 @@ def train_with(fault: str, strategy: str, run: Path, output: Path, *settings: st
 
 
 @pytest.mark.parametrize("strategy", ENGINES)
-def test_a_nan_of_one_rank_skips_the_step_on_all_and_a_full_disk_costs_one_checkpoint(run: Path, strategy: str) -> None:
-    output = run.parent / f"survives_{strategy}"
-    code, _, log = train_with("nan:4,full_disk:6", strategy, run, output, "train.hang_seconds=60")
+def test_a_nan_of_one_rank_skips_the_step_on_all_and_bad_storage_costs_one_checkpoint(run: Path, strategy: str) -> None:
+    output, faults = run.parent / f"survives_{strategy}", "nan:4,full_disk:6,read_only:9"
+    with small_disk(output / CHECKPOINTS, megabytes=16) as folder:
+        code, _, log = train_with(faults, strategy, run, output, "train.steps=12", "train.hang_seconds=60")
+        kept = [checkpoint.name for checkpoint in complete_checkpoints(folder)]
+        assert kept == [path.name for path in sorted(folder.iterdir())]
     assert code == 0, log[-4000:]
     losses, skipped = read_losses(output), read_numbers(output, "skipped_steps")
     assert [step for step, loss in losses.items() if loss is None] == [5]
     assert all(math.isfinite(loss) for step, loss in losses.items() if step != 5)
-    assert [skipped[step] for step in (4, 5, STEPS)] == [0, 1, 1]
-    kept = [folder.name for folder in complete_checkpoints(output / CHECKPOINTS)]
-    assert kept == ["step_00000003", "step_00000009"]
-    assert "ERROR the checkpoint of step 6 was not written" in log and "No space left on device" in log
-    assert not list((output / CHECKPOINTS).glob("*.tmp"))
+    assert [skipped[step] for step in (4, 5, 12)] == [0, 1, 1]
+    assert kept == ["step_00000003", "step_00000012"]
+    for step, reason in ((6, "No space left on device"), (9, "Read-only file system")):
+        assert re.search(rf"ERROR the checkpoint of step {step} was not written: .*{reason}", log)
 
 
 @pytest.mark.parametrize("strategy", ENGINES)

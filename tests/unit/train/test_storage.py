@@ -7,7 +7,7 @@ from pathlib import Path
 from shutil import disk_usage
 
 import pytest
-from helpers import write_data_set, write_tiny_run
+from helpers import small_disk, write_data_set, write_tiny_run
 from torch import Tensor
 from unit.train.tiny_runs import read_metrics, train_tiny
 
@@ -15,21 +15,16 @@ from mmfuse.errors import CheckpointError
 from mmfuse.train.checkpoint import CHECKPOINTS, complete_checkpoints, verify_checkpoint
 from mmfuse.train.metrics import MetricsWriter
 
-MEGABYTES, FREE_BYTES = 8, 2**18
+FREE_BYTES = 2**18
 ALL_AT_ONCE = ("train.checkpoint_every=1", "train.checkpoint_in_background=false")
 """So that one checkpoint is over before the storage changes."""
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A run's folder whose checkpoints lie on a file system of a few megabytes."""
-    folder = tmp_path / "out" / CHECKPOINTS
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={MEGABYTES}m", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """The checkpoints of a run, on a file system of their own."""
+    with small_disk(tmp_path / "out" / CHECKPOINTS, megabytes=8) as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -53,33 +48,33 @@ def act_in_steps(monkeypatch: pytest.MonkeyPatch, actions: Mapping[int, Callable
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on_until_there_is_room(
-    run: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    filler = small_disk / "somebody else's"
+    filler = disk / "somebody else's"
 
     def fill() -> None:
-        free = disk_usage(small_disk).free
+        free = disk_usage(disk).free
         filler.write_bytes(bytes(free - FREE_BYTES))
 
     act_in_steps(monkeypatch, {2: fill, 4: filler.unlink})
-    train_tiny(run, small_disk.parent, *ALL_AT_ONCE)
+    train_tiny(run, disk.parent, *ALL_AT_ONCE)
     errors = [line for line in capfd.readouterr().err.splitlines() if " ERROR " in line]
     assert [error.partition(" was not written")[0][-1] for error in errors] == ["2", "3"]
     assert all("No space left" in error and "make room in" in error for error in errors)
-    assert names(small_disk) == ["step_00000001", "step_00000004"]
-    assert len(read_metrics(small_disk.parent, "loss")) == 4
-    for checkpoint in complete_checkpoints(small_disk):
+    assert names(disk) == ["step_00000001", "step_00000004"]
+    assert len(read_metrics(disk.parent, "loss")) == 4
+    for checkpoint in complete_checkpoints(disk):
         verify_checkpoint(checkpoint, contents=True)
 
 
 def test_storage_that_becomes_read_only_keeps_the_old_checkpoints_and_ends_the_run_with_an_error(
-    run: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def protect() -> None:
-        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
     act_in_steps(monkeypatch, {3: protect})
     with pytest.raises(CheckpointError, match=r"step 4 was not written: .*Read-only file system"):
-        train_tiny(run, small_disk.parent, *ALL_AT_ONCE)
-    assert names(small_disk) == ["step_00000001", "step_00000002"]
-    assert len(read_metrics(small_disk.parent, "loss")) == 4
+        train_tiny(run, disk.parent, *ALL_AT_ONCE)
+    assert names(disk) == ["step_00000001", "step_00000002"]
+    assert len(read_metrics(disk.parent, "loss")) == 4
