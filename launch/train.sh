@@ -61,20 +61,21 @@ if [[ $gpus -eq 0 ]]; then
   fi
 fi
 
-if [[ $machines -gt 1 && -z ${MAIN_PROCESS_IP:-} ]]; then
-  echo "train.sh: NUM_MACHINES=$machines, so every node needs MAIN_PROCESS_IP, the name or address of node 0" >&2
+port=${MAIN_PROCESS_PORT:-$([[ $machines -gt 1 ]] && echo 29500 || echo 0)}
+if [[ $machines -gt 1 ]] && [[ -z ${MAIN_PROCESS_IP:-} || $port -eq 0 ]]; then
+  echo "train.sh: NUM_MACHINES=$machines: every node needs MAIN_PROCESS_IP, the name or address of node 0, and one port" >&2
   exit 2
 fi
 machine_rank=$([[ $machines -gt 1 ]] && echo "${MACHINE_RANK:-0}" || echo 0)
 rendezvous=(--num_machines "$machines" --machine_rank "$machine_rank" --num_processes "$processes")
 if [[ -n ${MAIN_PROCESS_IP:-} ]]; then rendezvous+=(--main_process_ip "$MAIN_PROCESS_IP"); fi
-port=${MAIN_PROCESS_PORT:-$([[ $machines -gt 1 ]] && echo 29500 || echo 0)}
 rendezvous+=(--main_process_port "$port")
 
 # The launcher would kill everything 30 s after a SIGTERM. So it does not hear of it, and the run is asked by a file.
 MMFUSE_LAUNCH_DIR=$(mktemp -d)
 export MMFUSE_LAUNCH_DIR PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
 trap 'rm -rf "$MMFUSE_LAUNCH_DIR"' EXIT
+interrupted=
 trap 'touch "$MMFUSE_LAUNCH_DIR/stop"' TERM USR1
 set -m   # a process group of its own, which Ctrl-C reaches through us
 told() { [[ -f $MMFUSE_LAUNCH_DIR/$1 ]]; }
@@ -87,7 +88,7 @@ start() {   # sets `status`
     exec accelerate launch "${config[@]}" "${rendezvous[@]}" -m mmfuse train "$run" "$@"
   ) &
   launcher=$!
-  trap 'kill -INT -- "-$launcher"' INT HUP QUIT
+  trap 'interrupted=yes; kill -INT -- "-$launcher"' INT HUP QUIT
   status=0
   wait "$launcher" || status=$?
   while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done   # a signal only ended the waiting
@@ -101,7 +102,7 @@ start() {   # sets `status`
 # Not torchrun's own restarts: its store tells new processes the addresses of dead ones (torch 2.11).
 start "$@"
 for ((attempt = 1; attempt <= ${MAX_RESTARTS:-0}; attempt++)); do
-  if told stop || { told outcome && [[ $status -ne 75 ]]; } || [[ $status -eq 0 ]]; then break; fi
+  if [[ $interrupted ]] || told stop || { told outcome && [[ $status -ne 75 ]]; } || [[ $status -eq 0 ]]; then break; fi
   echo "train.sh: ended with $status; starting again, $attempt of $MAX_RESTARTS" >&2
   start "$@"
 done

@@ -3,6 +3,7 @@ continues from any other's. Complete or not there: a manifest is written last, t
 
 import json
 import logging
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -80,21 +81,24 @@ def begin_checkpoint(root: Path, step: int) -> Path:
 
 def remove_unfinished(root: Path) -> None:
     """Removes what a run left that was killed while it wrote or removed."""
-    for suffix in (_TEMPORARY, _REMOVED):
-        for leftover in root.glob(f"{_PREFIX}*{suffix}"):
-            shutil.rmtree(leftover)
-
-
-def remove_checkpoints(root: Path, folders: Iterable[Path]) -> None:
-    """Removes checkpoints of a run, so that a kill meanwhile leaves no part of one under its name.
-
-    Raises:
-        OSError: one cannot be removed, such as while somebody reads it; the next call tries again.
-    """
-    for folder in folders:
-        folder.rename(folder.with_name(f"{folder.name}{_REMOVED}"))
-    for leftover in root.glob(f"{_PREFIX}*{_REMOVED}"):
+    for leftover in root.glob(f"{_PREFIX}*{_TEMPORARY}"):
         shutil.rmtree(leftover)
+    remove_set_aside(root)
+
+
+def set_aside(folders: Iterable[Path]) -> None:
+    """Takes checkpoints their names: a kill while one is removed must not leave a part of it under its own."""
+    for folder in folders:
+        folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{_REMOVED}"))
+
+
+def remove_set_aside(root: Path) -> None:
+    """Removes what was set aside; where somebody reads it on a network file system, the next call tries again."""
+    for folder in root.glob(f"{_PREFIX}*{_REMOVED}"):
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            logger.warning("an old checkpoint could not be removed: %s", error)
 
 
 def publish_checkpoint(temporary: Path, written: Fingerprints, *, facts: dict[str, Any], keep: Keep) -> Path:
@@ -114,14 +118,10 @@ def publish_checkpoint(temporary: Path, written: Fingerprints, *, facts: dict[st
             )
     final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
     complete_files(temporary, written, facts=facts)
-    root = final.parent
-    if final.exists():
-        remove_checkpoints(root, [final])
+    set_aside([final] if final.exists() else [])
     rename_folder(temporary, final)
-    try:
-        remove_checkpoints(root, _unwanted(final, keep))
-    except OSError as error:  # somebody reads it on a network file system; the next checkpoint tries again
-        logger.warning("an old checkpoint could not be removed: %s", error)
+    set_aside(_unwanted(final, keep))
+    remove_set_aside(final.parent)
     return final
 
 

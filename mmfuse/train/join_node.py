@@ -5,6 +5,7 @@ ended earlier and starts again would find the old answers in it, and wait for ra
 """
 
 import logging
+import os
 import socket
 import sys
 import time
@@ -13,7 +14,7 @@ from datetime import timedelta
 from torch.distributed import DistError, TCPStore  # type: ignore[reportPrivateImportUsage]
 
 from mmfuse.errors import LaunchError, MmfuseError, Stopped
-from mmfuse.launch import stop_is_asked, tell_launcher
+from mmfuse.launch import stop_is_asked
 from mmfuse.log import set_up_logging
 
 logger = logging.getLogger("mmfuse.train.join_node")  # where it runs by itself, __name__ is another
@@ -24,14 +25,14 @@ _BETWEEN_LINES_SECONDS, _BETWEEN_LOOKS_SECONDS = 60.0, 0.5
 
 
 def join_node(host: str, port: int, machine_rank: int, *, limit_seconds: float = _LIMIT_SECONDS) -> None:
-    """Returns once node 0 keeps a store that this node has not been in.
+    """Returns once node 0 keeps a store in which ranks of this node have not met others yet.
 
     Raises:
         LaunchError: there is none for so long.
         Stopped: this node was asked to.
     """
     began, said = time.monotonic(), 0.0
-    while missing := _find_missing(host, port, machine_rank):
+    while missing := _find_missing(host.strip("[]"), port, machine_rank):
         waited = time.monotonic() - began
         text = f"node {machine_rank} waits for node 0 at {host}:{port} since {waited:.0f} s: {missing}"
         if stop_is_asked():
@@ -44,14 +45,28 @@ def join_node(host: str, port: int, machine_rank: int, *, limit_seconds: float =
         time.sleep(_BETWEEN_LOOKS_SECONDS)
 
 
+def note_meeting() -> None:
+    """Leaves word in the launchers' store that ranks of this node have met those of the others."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and os.environ["LOCAL_RANK"] == "0":
+        store = _open_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store.set(_key(int(os.environ["GROUP_RANK"])), "met")
+
+
 def _find_missing(host: str, port: int, machine_rank: int) -> str:
-    """Empty where this node is the first of its number in the store."""
+    """Empty where nothing is."""
     try:
         socket.create_connection((host, port), timeout=10).close()  # the store's own client would complain aloud
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
-        return "its last start has not ended" if store.add(f"mmfuse machine {machine_rank}", 1) > 1 else ""
-    except (OSError, DistError) as error:
+        return "its last start has not ended" if _open_store(host, port).check([_key(machine_rank)]) else ""
+    except (OSError, UnicodeError, DistError) as error:
         return f"nothing answers ({error})"
+
+
+def _open_store(host: str, port: int) -> TCPStore:
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+
+
+def _key(machine_rank: int) -> str:
+    return f"mmfuse machine {machine_rank}"
 
 
 def main() -> int:
@@ -60,9 +75,8 @@ def main() -> int:
     set_up_logging()
     try:
         join_node(host, int(port), int(machine_rank))
-    except MmfuseError as error:
+    except MmfuseError as error:  # the script hears nothing of it: it may try again
         logger.error("%s", error)
-        tell_launcher(error.exit_code)
         return error.exit_code
     return 0
 

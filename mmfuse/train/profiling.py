@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import NonNegativeInt, model_validator
@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmfuse.config import Settings
 from mmfuse.distributed import rank
+from mmfuse.errors import MmfuseError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class ProfileConfig(Settings):
 
 
 class StepProfiler:
-    """Traces a window of steps on the ranks that were asked for."""
+    """Traces a window of steps on the ranks that were asked for. A context: what was traced when it ends is written."""
 
     def __init__(self, config: ProfileConfig, folder: Path) -> None:
         self._window = config.steps if rank() in config.ranks else None
@@ -52,17 +53,28 @@ class StepProfiler:
     def after_step(self, step: int) -> None:
         """Ends and writes, where `step` was the last of the window."""
         if self._window and step + 1 == self._window[1]:
-            self.close()
+            self._write()
 
-    def close(self) -> None:
-        """Writes what was traced, also of a window that a stop or the end of the run cuts short."""
-        if self._profile is None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None or issubclass(error, MmfuseError):  # after another, a GPU may hang
+            self._write()
+
+    def _write(self) -> None:
+        traced, self._profile = self._profile, None
+        if traced is None:
             return
-        self._profile.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._path))
-        self._profile = None
-        logger.info("trace: %s, for ui.perfetto.dev; %s", self._path, describe_communication(read_trace(self._path)))
+        traced.stop()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            traced.export_chrome_trace(str(self._path))
+            found = describe_communication(read_trace(self._path))
+        except (OSError, RuntimeError) as error:  # a run is worth more than its trace
+            logger.warning("the trace %s could not be written: %s", self._path, error)
+        else:
+            logger.info("trace: %s, for ui.perfetto.dev; %s", self._path, found)
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ from mmfuse.train.checkpoint import (
     CHECKPOINTS,
     checkpoint_folders,
     complete_checkpoints,
-    remove_checkpoints,
+    remove_set_aside,
+    set_aside,
     step_of,
     verify_checkpoint,
 )
@@ -77,13 +78,14 @@ class SpikeGuard:
         record = {"left_out": windows, "weights": plan.segments, "roll_backs": roll_backs}
         try:
             newer = [folder for folder in checkpoint_folders(root) if (step_of(folder.name) or 0) > goal]
-            remove_checkpoints(root, newer)  # before the record: without it, they would go on with other data
+            set_aside(newer)  # before the record: without it, they would go on with other data
             write_text(self._folder / ROLL_BACKS, json.dumps(record, indent=1))
         except OSError as error:
             raise TrainingError(
                 f"{found}, and {self._folder} cannot be written: {error}. Remove its checkpoints after step {goal}, or "
                 "the next start goes on from within the spike"
             ) from error
+        remove_set_aside(root)
         return goal
 
 

@@ -19,6 +19,7 @@ from mmfuse.train.engines.start import start_engine
 from mmfuse.train.engines.strategy import Asked
 from mmfuse.train.environment import write_environment
 from mmfuse.train.evaluation import Evaluator, Results
+from mmfuse.train.join_node import note_meeting
 from mmfuse.train.metrics import MetricsWriter
 from mmfuse.train.optim import learning_rate_factor, set_learning_rate
 from mmfuse.train.profiling import StepProfiler
@@ -65,6 +66,7 @@ def train(run: RunConfig) -> Path:
     engine = start_engine(
         Asked(run.train.precision, run.train.accumulation, run.optimizer.clip_norm, timeout_seconds=2 * limit)
     )
+    note_meeting()
     set_up_logging(rank=engine.rank)
     run.check_world_size(engine.world_size)
     with closing(StopRequest(run.folder, timeout_seconds=2 * limit)) as stop:
@@ -140,7 +142,7 @@ def fit(training: Training, stop: StopRequest, *, start: int) -> int:
     profiler, spikes = StepProfiler(run.profile, run.folder), SpikeGuard(config.roll_back, run.folder, start=start)
     task.train()
     done = start
-    with closing(metrics), closing(profiler):
+    with closing(metrics), profiler:
         for step in range(start, config.steps):
             profiler.before_step(step)
             rate = learning_rate_factor(step, config=run.optimizer, total_steps=config.steps)

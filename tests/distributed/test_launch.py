@@ -93,10 +93,25 @@ def test_without_gpus_two_processes_a_machine_are_kept_on_the_cpu(train_sh: Trai
 
 
 def test_several_machines_need_to_know_node_0(train_sh: TrainScript) -> None:
+    for known in ({}, {**NODE_0, "MAIN_PROCESS_PORT": "0"}):
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            train_sh("ddp", "quickstart", NUM_MACHINES="2", MACHINE_RANK="1", **known)
+        assert error.value.returncode == 2
+        assert "NUM_MACHINES=2: every node needs MAIN_PROCESS_IP" in error.value.stderr
+
+
+def test_other_nodes_wait_for_node_0_at_each_start(train_sh: TrainScript) -> None:
+    train_sh.install("python3", 'printf "%s\n" "$*"')
+    nodes = {"NUM_MACHINES": "2", **NODE_0}
+    waits = ["-m mmfuse.train.join_node 10.0.0.1 29500 1"]
+    assert train_sh("ddp", "quickstart", MACHINE_RANK="1", **nodes)[0][:1] == waits
+    assert train_sh("ddp", "quickstart", MACHINE_RANK="0", **nodes)[0][:1] != waits
+    train_sh.install("python3", "echo waited in vain >&2; exit 5")
     with pytest.raises(subprocess.CalledProcessError) as error:
-        train_sh("ddp", "quickstart", NUM_MACHINES="2", MACHINE_RANK="1")
-    assert error.value.returncode == 2
-    assert "NUM_MACHINES=2, so every node needs MAIN_PROCESS_IP" in error.value.stderr
+        train_sh("ddp", "quickstart", MACHINE_RANK="1", MAX_RESTARTS="1", **nodes)
+    assert error.value.returncode == 5
+    assert error.value.stderr.count("waited in vain") == 2
+    assert not error.value.stdout
 
 
 def test_the_strategy_cpu_is_one_process_whatever_is_visible(train_sh: TrainScript) -> None:

@@ -62,10 +62,10 @@ def read_all_samples(folder: Path) -> dict[int, list[str]]:
 @pytest.mark.slow
 def test_both_nodes_start_again_together_whichever_of_them_lost_its_rank(tmp_path: Path) -> None:
     """Node 1 ends first where its own rank is killed, and would meet what node 0 leaves."""
-    run = write_run(tmp_path / "run.yaml", write_sparse_shards(tmp_path / "shards"), steps=STEPS)
+    run = write_run(tmp_path / "run.yaml", write_sparse_shards(tmp_path / "shards"), steps=2 * STEPS)
     output = tmp_path / "shared"
     with two_nodes(run, [output, output], "train.checkpoint_every=3", max_restarts=2) as nodes:
-        for step, (process, _) in ((5, nodes[1]), (12, nodes[0])):
+        for step, (process, _) in ((5, nodes[1]), (STEPS, nodes[0])):
             wait_for_step(nodes[0][0], output, step=step)
             (victim,) = find_ranks(process)
             victim.kill()
