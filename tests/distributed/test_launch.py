@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,19 @@ def test_other_nodes_wait_for_node_0_at_each_start(train_sh: TrainScript) -> Non
     assert error.value.returncode == 5
     assert error.value.stderr.count("waited in vain") == 2
     assert not error.value.stdout
+
+
+def test_an_interrupt_ends_the_run_and_is_no_reason_to_start_again(train_sh: TrainScript) -> None:
+    train_sh.install("accelerate", f"echo began; exec {shutil.which('sleep')} 60")
+    heard = ["env", "--default-signal=INT"]  # a shell cannot trap what it was told to ignore, as behind `pytest &`
+    command = [*heard, str(REPOSITORY / "launch/train.sh"), "ddp", "quickstart"]
+    environment = {"PATH": str(train_sh.path), "MAX_RESTARTS": "3"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"began\n"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT
+    assert not output and b"starting again" not in errors
 
 
 def test_the_strategy_cpu_is_one_process_whatever_is_visible(train_sh: TrainScript) -> None:
